@@ -1,0 +1,245 @@
+"""What the rooms say to each other about one request, and how they know that it is true.
+
+Covers: the signed plan that travels from the router to workers, what workers report about themselves, addresses of
+node stores. Does not cover: how a plan is chosen (`router.policy`) or carried out (`*_workers.plan`).
+
+A plan travels as one HTTP header, so that a replica serves the client's own request body unchanged
+(docs/adr/0004-requests-between-replicas.md). It is signed with the cluster's secret and expires: a replica obeys
+nothing else (D14).
+"""
+
+import base64
+import hashlib
+import hmac
+import zlib
+from enum import StrEnum
+from typing import Final
+
+import msgspec
+import numpy as np
+
+from cluster.errors import DataError
+from kvstore.keys import ChunkKey, KvScope
+
+PLAN_HEADER: Final = "x-serve-router-plan"
+"""HAProxy strips client-sent headers with this prefix (design note RAY, section 5)."""
+REQUEST_ID_HEADER: Final = "x-request-id"
+MAX_PLAN_BYTES: Final = 16 << 20
+"""Bound on the decompressed plan; a million-token prompt needs 4 MiB of token ids."""
+_MAC_BYTES: Final = 32
+
+
+class PlanRejectedError(DataError):
+    """A plan that is forged, expired, damaged, or from another version."""
+
+
+class Mode(StrEnum):
+    """Who computes the part of the prompt that no store holds."""
+
+    LOCAL = "local"
+    """The decode replica itself."""
+    REMOTE = "remote"
+    """A prefill replica, whose chunks the decode replica then loads."""
+
+
+class SpanKind(StrEnum):
+    """Which segment of the prompt a span belongs to."""
+
+    PREFIX = "prefix"
+    PASSAGE = "passage"
+    TAIL = "tail"
+
+
+class Span(msgspec.Struct, frozen=True, array_like=True):
+    """One run of prompt tokens that is one chunk: half-open `[start, stop)`, chained behind all before it."""
+
+    key: bytes
+    start: int
+    stop: int
+    kind: SpanKind
+    held: bool
+    """The router believed a store holds it. A hint: the store is asked again, and a miss is computed."""
+    save: bool
+    """Whoever computes it writes it to its node's store."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in the span."""
+        return self.stop - self.start
+
+
+class Peer(msgspec.Struct, frozen=True):
+    """A worker as an address."""
+
+    replica_id: str
+    url: str
+    """`http://host:port`, no trailing slash."""
+
+
+class Refusal(msgspec.Struct, frozen=True):
+    """The answer the replica gives instead of generating, in OpenAI's error format."""
+
+    status: int
+    error_type: str
+    message: str
+    retry_after_s: float | None = None
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    """What the router decided for one request."""
+
+    request_id: str
+    expires_unix_s: float
+    """Not obeyed after this; bounds replay."""
+    deadline_unix_s: float
+    """The request is answered, or aborted with an error, by then."""
+    mode: Mode = Mode.LOCAL
+    prompt: bytes = b""
+    """Prompt token ids, little-endian uint32. Empty: the replica renders the prompt itself and reuses nothing."""
+    spans: tuple[Span, ...] = ()
+    """Cover the prompt from token 0 without gaps; empty with an empty prompt."""
+    cache_salt: str = ""
+    """Mixed into every key, and vLLM's own prefix cache salt."""
+    prefill: tuple[Peer, ...] = ()
+    """Prefill replicas in order of preference; at least one in mode `remote`."""
+    prefill_deadline_s: float = 0.0
+    """Seconds after which the decode replica stops waiting for prefill replicas and computes the prompt itself."""
+    load_deadline_s: float = 0.0
+    """Seconds after which chunks that have not arrived are computed."""
+    refusal: Refusal | None = None
+    reasons: tuple[str, ...] = ()
+    """Why, in words, for `learnonce explain` and the log."""
+    version: int = 1
+
+    @property
+    def prompt_token_ids(self) -> list[int]:
+        """The prompt as a list."""
+        ids: list[int] = np.frombuffer(self.prompt, dtype="<u4").tolist()
+        return ids
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens in the prompt."""
+        return len(self.prompt) // 4
+
+    @property
+    def held_tokens(self) -> int:
+        """Tokens from position 0 that the router believed held without a gap."""
+        stop = 0
+        for span in self.spans:
+            if not span.held:
+                break
+            stop = span.stop
+        return stop
+
+
+def pack_tokens(tokens: "list[int] | np.ndarray") -> bytes:
+    """Token ids in the form of `Plan.prompt`."""
+    return np.ascontiguousarray(tokens, dtype="<u4").tobytes()
+
+
+def sign_plan(plan: Plan, *, secret: bytes) -> str:
+    """A plan as a header value (base64, no padding problems in HTTP)."""
+    body = zlib.compress(msgspec.msgpack.encode(plan), level=1)
+    return base64.urlsafe_b64encode(_mac(secret, body) + body).decode("ascii")
+
+
+def open_plan(header: str, *, secret: bytes, now_unix_s: float) -> Plan:
+    """Check a header value and return its plan.
+
+    Raises:
+        PlanRejectedError: Bad encoding or signature, expired, another version, spans that do not cover the prompt.
+    """
+    try:
+        raw = base64.urlsafe_b64decode(header.encode("ascii"))
+    except ValueError as error:
+        raise PlanRejectedError("plan is not base64") from error
+    mac, body = raw[:_MAC_BYTES], raw[_MAC_BYTES:]
+    if not hmac.compare_digest(mac, _mac(secret, body)):
+        raise PlanRejectedError("plan has a wrong signature")
+    try:
+        inflater = zlib.decompressobj()
+        plain = inflater.decompress(body, MAX_PLAN_BYTES)
+        plan = msgspec.msgpack.decode(plain, type=Plan)
+    except (zlib.error, msgspec.DecodeError) as error:
+        raise PlanRejectedError(f"plan is damaged: {error}") from error
+    if inflater.unconsumed_tail:
+        raise PlanRejectedError(f"plan is larger than {MAX_PLAN_BYTES} bytes")
+    if plan.version != 1:
+        raise PlanRejectedError(f"plan has version {plan.version}, this worker knows 1")
+    if plan.expires_unix_s < now_unix_s:
+        raise PlanRejectedError(f"plan expired {now_unix_s - plan.expires_unix_s:.1f} s ago")
+    _check_spans(plan)
+    return plan
+
+
+def _mac(secret: bytes, body: bytes) -> bytes:
+    return hmac.new(secret, b"learnonce plan 1" + body, hashlib.sha256).digest()
+
+
+def _check_spans(plan: Plan) -> None:
+    position = 0
+    for span in plan.spans:
+        if span.start != position or span.stop <= span.start:
+            raise PlanRejectedError(f"plan's spans leave a gap at token {position}")
+        position = span.stop
+    if position not in (0, plan.num_prompt_tokens):
+        raise PlanRejectedError(f"plan's spans end at {position}, its prompt at {plan.num_prompt_tokens}")
+
+
+class StoreEndpoint(msgspec.Struct, frozen=True, kw_only=True):
+    """Where one node's store can be reached, and which life of it is meant."""
+
+    node_id: str
+    epoch: str
+    """Random per process life: a new epoch means that everything held before must be announced again."""
+    socket_path: str
+    """Unix socket of the control plane, for workers on the same node."""
+    events_address: str
+    """ZMQ PUB address (`tcp://host:port`) of store events."""
+    snapshot_address: str
+    """ZMQ ROUTER address for snapshots and replays."""
+
+
+class Role(StrEnum):
+    """What a worker does."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+class WorkerReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What a worker says about itself, once a second to every router."""
+
+    peer: Peer
+    role: Role
+    node_id: str
+    model: str
+    """Served model name."""
+    max_model_len: int
+    scope: KvScope | None
+    """None while the engine does not know it, or for engines without KV."""
+    store: StoreEndpoint | None
+    """The node's store; None while it is away."""
+    running_requests: int = 0
+    queued_prompt_tokens: int = 0
+    """Prompt tokens accepted and not yet computed."""
+    draining: bool = False
+    """Finishes what it has, takes nothing new."""
+
+
+class PrefillAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """A prefill replica's answer: the chunks are in the store, or they are not."""
+
+    request_id: str
+    reused_tokens: int
+    """Prompt tokens that the prefill replica did not compute."""
+    computed_tokens: int
+    held: tuple[bool, ...]
+    """Per span of the plan: readable from the store now."""
+    seconds: float
+
+
+def key_of(span: Span) -> ChunkKey:
+    """The span's chunk key."""
+    return ChunkKey(span.key)

@@ -1,0 +1,1 @@
+"""Prove it: benchmarks, workloads, traces and reports."""

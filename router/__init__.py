@@ -1,0 +1,1 @@
+"""Decide: HTTP ingress, segments of a prompt, the directory of chunks, placement."""
