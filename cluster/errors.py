@@ -1,9 +1,9 @@
 """Errors by what the caller does next; names end in `Error`.
 
-- CallerError: fix the request or the settings, do not retry   SettingsError, PromptTooLongError       HTTP 4xx, exit 2
-- UnavailableError: later, or elsewhere                        NoReplicaError, StoreUnavailableError   503 + Retry-After, exit 3
-- DataError: drop these bytes and recompute                    ChunkCorruptError, PlanRejectedError    never seen by users
-- InvariantError: our bug; fail this request, keep the events that led here                            500, exit 1
+- CallerError       fix the request or the settings, do not retry           HTTP 4xx                 exit 2
+- UnavailableError  later, or elsewhere                                     503 with Retry-After     exit 3
+- DataError         drop these bytes and recompute                          never seen by users
+- InvariantError    our bug: fail this request, keep what led here          500                      exit 1
 
 Every class takes positional arguments only and passes all of them to `Exception.__init__`: Ray pickles errors by
 replaying `args` (docs/adr/0005-errors-across-processes.md).

@@ -92,8 +92,8 @@ def _gguf_path() -> Path:
 def _convert(gguf: Path, folder: Path) -> None:
     """Dequantise a GGUF file into a Hugging Face folder with bfloat16 weights and the tokenizer."""
     # Heavy imports here: everything else in this module must stay cheap for the CLI.
-    import torch  # noqa: PLC0415
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig  # noqa: PLC0415
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     model = AutoModelForCausalLM.from_pretrained(

@@ -33,6 +33,10 @@ class PlanRejectedError(DataError):
     """A plan that is forged, expired, damaged, or from another version."""
 
 
+class PlanExpiredError(PlanRejectedError):
+    """A plan that was true once: the router may make a new one."""
+
+
 class Mode(StrEnum):
     """Who computes the part of the prompt that no store holds."""
 
@@ -148,7 +152,8 @@ def open_plan(header: str, *, secret: bytes, now_unix_s: float) -> Plan:
     """Check a header value and return its plan.
 
     Raises:
-        PlanRejectedError: Bad encoding or signature, expired, another version, spans that do not cover the prompt.
+        PlanExpiredError: It was valid, and is too old.
+        PlanRejectedError: Bad encoding or signature, another version, spans that do not cover the prompt.
     """
     try:
         raw = base64.urlsafe_b64decode(header.encode("ascii"))
@@ -168,7 +173,7 @@ def open_plan(header: str, *, secret: bytes, now_unix_s: float) -> Plan:
     if plan.version != 1:
         raise PlanRejectedError(f"plan has version {plan.version}, this worker knows 1")
     if plan.expires_unix_s < now_unix_s:
-        raise PlanRejectedError(f"plan expired {now_unix_s - plan.expires_unix_s:.1f} s ago")
+        raise PlanExpiredError(f"plan expired {now_unix_s - plan.expires_unix_s:.1f} s ago")
     _check_spans(plan)
     return plan
 

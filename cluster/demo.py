@@ -1,0 +1,173 @@
+"""The demonstration: what learning a passage once is worth, on this machine, with a real model.
+
+Covers: `learnonce demo`. Does not cover: figures to quote (`learnonce bench ttft` repeats and takes medians).
+"""
+
+import json
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Final
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from cluster import client
+from cluster.settings import Settings
+
+ALL_DOCUMENTS: Final = "*"
+_MAX_ANSWER_TOKENS: Final = 48
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """One question and the documents it is asked about."""
+
+    documents: tuple[client.Document, ...]
+    text: str
+    expects: str
+    """A short string that a right answer contains."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One question asked twice: with nothing learned, and after learning."""
+
+    question: Question
+    cold: client.Answer
+    warm: client.Answer
+
+
+def run_demo(
+    settings: Settings,
+    *,
+    keep: bool,
+    console: Console,
+    start: Callable[[Settings], str],
+    stop: Callable[[Settings], None],
+) -> None:
+    """Start a cluster, learn, ask, print, stop.
+
+    Args:
+        settings: Of the cluster to start.
+        keep: Leave the cluster running.
+        console: Where to print.
+        start: Starts the cluster and returns its URL.
+        stop: Stops it.
+    """
+    url = start(settings)
+    try:
+        questions = load_questions()
+        _learn_all(url, questions, console)
+        rows = [_ask_twice(url, question, console) for question in questions]
+        console.print(result_table(rows))
+        console.print(
+            "Cold: nothing learned, the prefill replica computes the prompt. Warm: its documents were learned by the "
+            "prefill replica,\nthe decode replica loads their KV from the node store. Same model, same cores, same "
+            "answers up to bfloat16 rounding."
+        )
+    finally:
+        if not keep:
+            stop(settings)
+    if keep:
+        console.print(f"The cluster is still up at {url}/v1; `learnonce down` stops it.")
+    else:
+        console.print(
+            "To keep a cluster up: `.venv/bin/learnonce up` (or `learnonce demo --keep`); `learnonce down` stops it."
+        )
+
+
+def load_documents() -> dict[str, client.Document]:
+    """The documents that ship with the project, by file name."""
+    folder = files("cluster") / "demo_documents"
+    pages = sorted((page for page in folder.iterdir() if page.name.endswith(".md")), key=lambda page: page.name)
+    return {page.name: _as_document(page.read_text(encoding="utf-8")) for page in pages}
+
+
+def load_questions() -> list[Question]:
+    """The questions that ship with the documents, and one about all documents at once."""
+    documents = load_documents()
+    text = (files("cluster") / "demo_documents" / "questions.json").read_text(encoding="utf-8")
+    return [
+        Question(
+            documents=tuple(documents.values())
+            if item["document"] == ALL_DOCUMENTS
+            else (documents[item["document"]],),
+            text=item["question"],
+            expects=item["expects"],
+        )
+        for item in json.loads(text)
+    ]
+
+
+def _as_document(page: str) -> client.Document:
+    """A Markdown page: its first heading is the title."""
+    heading, _, text = page.partition("\n")
+    return {"title": heading.lstrip("# ").strip(), "text": text.strip()}
+
+
+def _learn_all(url: str, questions: Sequence[Question], console: Console) -> None:
+    console.print("\n[bold]Learning[/bold]: each document is prefilled once and its KV put into the node store")
+    for document in load_documents().values():
+        with console.status(f"learning {document['title']}"):
+            (learned,) = client.learn(url, [document])["documents"]
+        console.print(
+            f"  {escape(document['title'])}: {learned['tokens']} tokens, {learned['state'].replace('_', ' ')}, "
+            f"{learned['seconds']:.1f} s"
+        )
+    together = {question.documents for question in map(_Hashed, questions) if len(question.documents) > 1}
+    for documents in together:
+        # Exact reuse follows the order of the prompt, so a set of documents is learned as it will be asked about.
+        with console.status(f"learning all {len(documents)} documents in one prompt"):
+            answer = client.ask(url, "Read this.", documents=[dict(d) for d in documents], max_tokens=1)
+        console.print(f"  all {len(documents)} in one prompt: {answer.prompt_tokens} tokens, {answer.total_s:.1f} s")
+
+
+class _Hashed:
+    """A question's documents in a form that a set can hold."""
+
+    def __init__(self, question: Question) -> None:
+        self.documents = tuple(tuple(sorted(document.items())) for document in question.documents)
+
+
+def _ask_twice(url: str, question: Question, console: Console) -> Row:
+    console.print(f"\n[bold]{escape(question.text)}[/bold]")
+    # A salt of its own shares no KV with anything: this is what the request costs without learning.
+    with console.status("asking with nothing learned"):
+        cold = client.ask(
+            url,
+            question.text,
+            documents=question.documents,
+            max_tokens=_MAX_ANSWER_TOKENS,
+            cache_salt=secrets.token_hex(8),
+        )
+    warm = client.ask(
+        url,
+        question.text,
+        documents=question.documents,
+        max_tokens=_MAX_ANSWER_TOKENS,
+        on_text=lambda text: console.print(escape(text), end=""),
+    )
+    console.print()
+    return Row(question=question, cold=cold, warm=warm)
+
+
+def result_table(rows: Sequence[Row]) -> Table:
+    """The table that the demo ends with."""
+    table = Table(title="\nTime to first token through the HTTP API", title_justify="left", show_lines=True)
+    for name in ("question", "prompt tokens", "reused", "TTFT cold", "TTFT warm", "speed-up", "answer (warm)"):
+        right = name not in ("question", "answer (warm)")
+        table.add_column(name, justify="right" if right else "left", overflow="fold", no_wrap=False)
+    for row in rows:
+        table.add_row(
+            escape(row.question.text),
+            f"{row.warm.prompt_tokens:,}",
+            f"{row.warm.cached_tokens:,}",
+            f"{row.cold.ttft_s:.2f} s",
+            f"{row.warm.ttft_s:.3f} s",
+            f"{row.cold.ttft_s / row.warm.ttft_s:.0f} x",
+            escape(" ".join(row.warm.text.split())),
+        )
+    return table

@@ -1,0 +1,371 @@
+"""The client's side of one connection to a node store: requests in flight, the mapped arena, leases.
+
+Covers: everything that ends with the connection. Does not cover: reconnecting (`kvstore.client`).
+
+A caller never touches the socket in a way that can block: it queues its frame, and waits for the reply until its own
+deadline. A thread per connection sends what is left, and receives. A reply that comes too late is undone here: leases
+that nobody waits for any more are released.
+"""
+
+import itertools
+import logging
+import mmap
+import os
+import secrets
+import select
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import Final
+
+from cluster.errors import UnavailableError
+from kvstore.protocol import (
+    LENGTH_BYTES,
+    MAX_HANDSHAKE_BYTES,
+    NONCE_BYTES,
+    PROTOCOL_VERSION,
+    Abort,
+    Challenge,
+    FrameReader,
+    Grant,
+    Granted,
+    Proof,
+    ProtocolError,
+    Release,
+    Reply,
+    Request,
+    Reserved,
+    Welcome,
+    client_mac,
+    decode_hello,
+    decode_reply,
+    encode,
+    store_mac,
+)
+
+log = logging.getLogger(__name__)
+
+_MAX_UNSENT_BYTES: Final = 8 << 20
+"""Frames that a store may leave unread before the client gives it up."""
+_RECEIVE_BYTES: Final = 256 << 10
+
+
+class StoreUnreachableError(UnavailableError):
+    """No store answers on the socket."""
+
+
+class StoreRefusedError(UnavailableError):
+    """A store answers, but the two do not know the same secret, or speak another version."""
+
+
+class _Call:
+    """One request in flight."""
+
+    __slots__ = ("done", "reply")
+
+    def __init__(self) -> None:
+        self.done = threading.Event()
+        self.reply: Reply | None = None
+
+
+class StoreConnection:
+    """One authenticated connection. Safe for several threads.
+
+    Args:
+        path: The store's unix socket.
+        secret: The cluster's.
+        client_name: For the store's log.
+        stop_s: Monotonic time by which the handshake must be over.
+
+    Raises:
+        StoreUnreachableError: Nobody answers in time.
+        StoreRefusedError: Another secret or version.
+    """
+
+    def __init__(self, path: str, *, secret: bytes, client_name: str, stop_s: float) -> None:
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            welcome, arena_fd = _shake_hands(self._socket, path, secret, client_name, stop_s)
+        except BaseException:
+            self._socket.close()
+            raise
+        try:
+            self._readable = mmap.mmap(arena_fd, welcome.arena_bytes, prot=mmap.PROT_READ)
+            self._writable = mmap.mmap(arena_fd, welcome.arena_bytes, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+            self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        except (OSError, ValueError) as error:
+            self._socket.close()
+            raise StoreUnreachableError(f"the store's arena cannot be mapped: {error}") from error
+        finally:
+            os.close(arena_fd)
+        self.epoch = welcome.epoch
+        self.max_keys = welcome.max_keys
+        self._numbers = itertools.count(1)
+        self._lock = threading.Lock()
+        self._calls: dict[int, _Call] = {}
+        self._abandoned: set[int] = set()
+        """Requests whose callers gave up: their replies prove that the store lives."""
+        self._unsent = bytearray()
+        self._leases: set[int] = set()
+        self._unreferenced: deque[int] = deque()
+        """Read leases whose objects were collected: released with the next request."""
+        self._is_dead = False
+        self._thread = threading.Thread(target=self._serve, name="kvstore-client", daemon=True)
+        self._thread.start()
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether the store has closed the connection, or the client has."""
+        return self._is_dead
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether the store owes a reply whose caller has given up: it would only be waited for in vain."""
+        return bool(self._abandoned)
+
+    @property
+    def num_leases(self) -> int:
+        """Leases and reservations of this connection."""
+        return len(self._leases)
+
+    def number(self) -> int:
+        """A number for a request."""
+        return next(self._numbers)
+
+    def call(self, request: Request, *, number: int, stop_s: float) -> Reply | None:
+        """Send a request and wait for its reply; None if it does not come before the monotonic time `stop_s`."""
+        call = _Call()
+        self._flush_unreferenced()
+        with self._lock:
+            if self._is_dead or not self._queue(encode(request)):
+                return None
+            self._calls[number] = call
+        if not call.done.wait(max(0.0, stop_s - time.monotonic())):
+            with self._lock:
+                if self._calls.pop(number, None) is not None and not self._is_dead:
+                    self._abandoned.add(number)
+        return call.reply
+
+    def post(self, message: Request) -> None:
+        """Send a message that has no reply."""
+        with self._lock:
+            if not self._is_dead:
+                self._queue(encode(message))
+
+    def end_lease(self, lease: int, message: Request) -> None:
+        """Tell the store that a lease is over; its memory must not be touched afterwards."""
+        self.post(message)
+        self._forget_lease(lease)
+
+    def forget_lease(self, lease: int) -> None:
+        """A lease ended by a reply, such as that of a commit."""
+        self._forget_lease(lease)
+
+    def abandon_lease(self, lease: int) -> None:
+        """Release a lease from a finaliser, where no lock may be taken."""
+        self._unreferenced.append(lease)
+
+    def read_only(self, start: int, stop: int) -> memoryview:
+        """Bytes of the arena."""
+        return memoryview(self._readable)[start:stop]
+
+    def writable(self, start: int, stop: int) -> memoryview:
+        """Bytes of the arena, for a reservation."""
+        return memoryview(self._writable)[start:stop]
+
+    def close(self) -> None:
+        """End all leases and the thread. Repeating it is harmless."""
+        self._mark_dead()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+        with self._lock:
+            self._leases.clear()
+            self._close_socket()
+
+    def _queue(self, frame: bytes) -> bool:
+        """Send now what the socket takes, keep the rest; under the lock. False if the store reads too little."""
+        if len(self._unsent) + len(frame) > _MAX_UNSENT_BYTES:
+            return False
+        was_empty = not self._unsent
+        self._unsent += frame
+        if was_empty:
+            self._send_unsent()
+            if self._unsent:
+                self._wake()
+        return True
+
+    def _send_unsent(self) -> None:
+        try:
+            while self._unsent:
+                sent = self._socket.send(self._unsent, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+                del self._unsent[:sent]
+        except BlockingIOError:
+            pass
+        except OSError:
+            # The receiving thread will see it too, and ends the connection.
+            self._unsent.clear()
+
+    def _serve(self) -> None:
+        """The connection's thread: send what is left, receive, until either side closes."""
+        reader = FrameReader()
+        poller = select.poll()
+        poller.register(self._wake_fd, select.POLLIN)
+        try:
+            while not self._is_dead:
+                with self._lock:
+                    wanted = select.POLLIN | (select.POLLOUT if self._unsent else 0)
+                poller.register(self._socket, wanted)
+                for fd, flags in poller.poll():
+                    if fd == self._wake_fd:
+                        os.eventfd_read(self._wake_fd)
+                    elif flags & select.POLLOUT:
+                        with self._lock:
+                            self._send_unsent()
+                    if fd != self._wake_fd and flags & ~select.POLLOUT and not self._receive(reader):
+                        return
+        except (OSError, ProtocolError) as error:
+            log.warning("store_connection_failed epoch=%s error=%s", self.epoch, error)
+        finally:
+            self._mark_dead()
+
+    def _receive(self, reader: FrameReader) -> bool:
+        """Handle what has arrived; False at the end of the stream."""
+        try:
+            data = self._socket.recv(_RECEIVE_BYTES, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return True
+        for body in reader.feed(data):
+            self._deliver(decode_reply(body))
+        return bool(data)
+
+    def _deliver(self, reply: Reply) -> None:
+        with self._lock:
+            call = self._calls.pop(reply.number, None)
+            self._abandoned.discard(reply.number)
+            if call is not None:
+                self._leases.update(grant.lease for grant in _grants(reply))
+                call.reply = reply
+                call.done.set()
+                return
+            if isinstance(reply, Granted):
+                self._queue(encode(Release([grant.lease for grant in _grants(reply)])))
+            elif isinstance(reply, Reserved) and reply.grant is not None:
+                self._queue(encode(Abort(reply.grant.lease)))
+
+    def _flush_unreferenced(self) -> None:
+        leases = []
+        while self._unreferenced:
+            leases.append(self._unreferenced.popleft())
+        if leases:
+            self.post(Release(leases))
+            for lease in leases:
+                self._forget_lease(lease)
+
+    def _forget_lease(self, lease: int) -> None:
+        with self._lock:
+            self._leases.discard(lease)
+            if self._is_dead and not self._leases:
+                self._close_socket()
+
+    def _mark_dead(self) -> None:
+        """No more requests; those in flight end without a reply.
+
+        The socket stays open while leases live: a store that expelled this client keeps their memory until then.
+        """
+        with self._lock:
+            self._is_dead = True
+            calls = list(self._calls.values())
+            self._calls.clear()
+            self._abandoned.clear()
+            if not self._leases:
+                self._close_socket()
+            else:
+                self._wake()
+        for call in calls:
+            call.done.set()
+
+    def _close_socket(self) -> None:
+        """Close what the connection holds; under the lock, or at its end."""
+        self._wake()
+        if threading.current_thread() is self._thread or not self._thread.is_alive():
+            self._socket.close()
+            if self._wake_fd >= 0:
+                os.close(self._wake_fd)
+                self._wake_fd = -1
+            for mapping in (self._readable, self._writable):
+                _close_unless_used(mapping)
+
+    def _wake(self) -> None:
+        if self._wake_fd >= 0:
+            os.eventfd_write(self._wake_fd, 1)
+
+
+def _close_unless_used(mapping: mmap.mmap) -> None:
+    try:
+        mapping.close()
+    except BufferError:
+        # A caller still has a view: the mapping goes with it.
+        log.debug("arena_mapping_kept")
+
+
+def _grants(reply: Reply) -> Sequence[Grant]:
+    if isinstance(reply, Granted):
+        return [grant for grant in reply.grants if grant is not None]
+    if isinstance(reply, Reserved) and reply.grant is not None:
+        return [reply.grant]
+    return []
+
+
+def _shake_hands(sock: socket.socket, path: str, secret: bytes, client_name: str, stop_s: float) -> tuple[Welcome, int]:
+    """Prove the secret to each other; the store's welcome and the arena's descriptor (the caller closes it)."""
+    fds: list[int] = []
+    try:
+        _set_timeout(sock, stop_s)
+        sock.connect(path)
+        challenge = decode_hello(_receive_hello(sock, stop_s, fds))
+        if not isinstance(challenge, Challenge) or challenge.version != PROTOCOL_VERSION:
+            raise StoreRefusedError(f"the store does not speak version {PROTOCOL_VERSION}")
+        nonce = secrets.token_bytes(NONCE_BYTES)
+        mac = client_mac(secret, challenge=challenge.nonce, nonce=nonce, client_name=client_name)
+        sock.sendall(encode(Proof(client_name, nonce, mac)))
+        welcome = decode_hello(_receive_hello(sock, stop_s, fds))
+        if not isinstance(welcome, Welcome) or len(fds) != 1:
+            raise StoreRefusedError("the store did not welcome this client")
+        expected = store_mac(secret, challenge=challenge.nonce, nonce=nonce, epoch=welcome.epoch)
+        if not secrets.compare_digest(expected, welcome.mac):
+            raise StoreRefusedError("the store does not know the cluster's secret")
+        return welcome, fds.pop()
+    except ProtocolError as error:
+        raise StoreRefusedError(f"handshake failed: {error}") from error
+    except OSError as error:
+        raise StoreUnreachableError(f"no store at {path}: {error}") from error
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
+def _receive_hello(sock: socket.socket, stop_s: float, fds: list[int]) -> bytes:
+    data = b""
+    wanted = LENGTH_BYTES
+    while len(data) < wanted:
+        _set_timeout(sock, stop_s)
+        part, new_fds, _, _ = socket.recv_fds(sock, wanted - len(data), 2, socket.MSG_CMSG_CLOEXEC)
+        fds += new_fds
+        if not part:
+            raise ProtocolError("the store closed the connection")
+        data += part
+        if len(data) == LENGTH_BYTES:
+            length = int.from_bytes(data, "little")
+            if length > MAX_HANDSHAKE_BYTES:
+                raise ProtocolError(f"handshake message of {length} bytes")
+            wanted += length
+    return data[LENGTH_BYTES:]
+
+
+def _set_timeout(sock: socket.socket, stop_s: float) -> None:
+    left_s = stop_s - time.monotonic()
+    if left_s <= 0:
+        raise TimeoutError("deadline passed during the handshake")
+    sock.settimeout(left_s)

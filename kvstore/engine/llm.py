@@ -1,0 +1,121 @@
+"""vLLM's `AsyncLLM` as a worker's engine: what the prefill and the decode role do alike with it.
+
+Covers: starting, warming up, facts for the worker's report, stopping without leftovers.
+Does not cover: engine arguments (`kvstore.engine.build`), what is asked of the engine (`*_workers.engine`).
+"""
+
+import asyncio
+import logging
+import time
+import uuid
+from typing import Final
+
+from vllm import SamplingParams, TokensPrompt
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from kvstore.engine.paging import UnsupportedLayoutError
+from kvstore.engine.params import build_transfer_params
+from kvstore.engine.scope import kv_scope
+from kvstore.engine.worker import kill_children
+from kvstore.interfaces import StoreClient
+from kvstore.keys import KvScope, child_key, root_key
+from kvstore.wire import Span, SpanKind
+
+logger = logging.getLogger(__name__)
+
+_WARMUP_SALT: Final = "warmup"
+_WARMUP_WAIT_S: Final = 10.0
+_WARMUP_LOADS: Final = 2
+
+
+class LlmEngine:
+    """An `AsyncLLM` behind the `WorkerEngine` protocol."""
+
+    def __init__(self, args: AsyncEngineArgs, *, client: type[AsyncLLM] = AsyncLLM) -> None:
+        """Start the engine. Call it in the event loop that will use it; it blocks for as long as the model loads.
+
+        Args:
+            args: From `kvstore.engine.build`, whose environment is already set.
+            client: The class of the engine's client.
+        """
+        self.llm = client.from_engine_args(args)
+        config = self.llm.vllm_config
+        served = config.model_config.served_model_name
+        self._model = served[0] if isinstance(served, list) else str(served)
+        self._scope: KvScope | None = None
+        try:
+            self._scope = kv_scope(config)
+        except UnsupportedLayoutError as error:
+            logger.warning("KV of this model is not reused: %s", error)
+
+    @property
+    def model(self) -> str:
+        """Served model name."""
+        return self._model
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of prompt and answer together."""
+        return int(self.llm.model_config.max_model_len)
+
+    @property
+    def scope(self) -> KvScope | None:
+        """None for a model whose KV cannot be shared."""
+        return self._scope
+
+    @property
+    def dead(self) -> bool:
+        """In vLLM's own view: its core process has ended, or its output loop has."""
+        return bool(self.llm.errored)
+
+    @property
+    def running_requests(self) -> int:
+        """Requests waiting or running in the engine."""
+        return int(self.llm.get_num_unfinished_requests())
+
+    @property
+    def queued_prompt_tokens(self) -> int:
+        """Prompt tokens of requests without a first token."""
+        return int(self.llm.get_num_queued_tokens())
+
+    async def close(self) -> None:
+        """Stop the engine and whatever processes it leaves behind."""
+        await asyncio.to_thread(self.llm.shutdown, timeout=0)
+        await asyncio.to_thread(kill_children)
+
+
+async def warm_up(engine: LlmEngine, *, store: StoreClient, num_tokens: int) -> None:
+    """Generate, save and load one short prompt, so that the first user does not pay for first touches.
+
+    The chunk has a fixed key, so all replicas together leave one chunk in the store. A store that is away costs the
+    warm-up of its path, not the start.
+    """
+    if num_tokens == 0:
+        return
+    started_s = time.monotonic()
+    prompt = [index % 500 + 100 for index in range(num_tokens)]
+    if engine.scope is None:
+        await _generate(engine, prompt, load=(), save=())
+        return
+    key = child_key(root_key(engine.scope, salt=_WARMUP_SALT), prompt)
+    span = Span(key=key, start=0, stop=num_tokens, kind=SpanKind.PREFIX, held=False, save=True)
+    await _generate(engine, prompt, load=(), save=(span,))
+    (held,) = await asyncio.to_thread(store.wait, [key], deadline_s=_WARMUP_WAIT_S)
+    reused = 0
+    for _ in range(_WARMUP_LOADS if held else 0):
+        reused = await _generate(engine, prompt, load=(span,), save=())
+    logger.info("engine warm held=%s reused_tokens=%d seconds=%.2f", held, reused, time.monotonic() - started_s)
+
+
+async def _generate(engine: LlmEngine, prompt: list[int], *, load: tuple[Span, ...], save: tuple[Span, ...]) -> int:
+    params = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
+    transfer = build_transfer_params(load=load, save=save, load_deadline_s=_WARMUP_WAIT_S)
+    params.extra_args = {"kv_transfer_params": transfer}
+    name = f"warmup-{uuid.uuid4().hex}"
+    # A salt of its own, or vLLM's prefix cache would answer the second time.
+    inputs = TokensPrompt(prompt_token_ids=prompt, cache_salt=name)
+    reused = 0
+    async for output in engine.llm.generate(inputs, params, name):
+        reused = output.num_cached_tokens or 0
+    return reused

@@ -1,0 +1,106 @@
+"""The connector's metrics, by the names that `kvstore.engine.tally` counts under.
+
+Covers: definitions, also for `docs/metrics.md`. Imports neither torch nor vLLM.
+Does not cover: how they reach Prometheus: through vLLM's own metrics, on the engine's `/metrics`
+(`kvstore.engine.stats`).
+"""
+
+from collections.abc import Mapping
+from typing import Final, NamedTuple
+
+from cluster.telemetry import DEFINITIONS, MetricDefinition, MetricKind
+
+
+class Metric(NamedTuple):
+    """One series: vLLM adds its own labels (model, engine) in front of ours."""
+
+    name: str
+    meaning: str
+    when_it_moves: str
+    labels: tuple[str, ...] = ()
+
+
+_PREFIX: Final = "learnonce_kvstore_engine_"
+
+COUNTERS: Final[Mapping[str, Metric]] = {
+    "loaded_tokens": Metric(
+        f"{_PREFIX}loaded_tokens_total",
+        "Prompt tokens whose KV was loaded instead of computed",
+        "Compare with vllm:prompt_tokens_total: their ratio is what the store saves",
+    ),
+    "loaded_bytes": Metric(
+        f"{_PREFIX}loaded_bytes_total", "KV bytes written into the engine's blocks by loads", "Follows loaded tokens"
+    ),
+    "loads_complete": Metric(
+        f"{_PREFIX}loads_complete_total", "Loads in which every planned token arrived", "Nothing to do"
+    ),
+    "loads_dropped": Metric(
+        f"{_PREFIX}loads_dropped_total",
+        "Loads given up because their request ended",
+        "Clients disconnect while they wait; look at TTFT",
+    ),
+    "load_failed_tokens": Metric(
+        f"{_PREFIX}load_failed_tokens_total",
+        "Prompt tokens that were planned to be loaded and were computed",
+        "Each costs prefill time; the reason is in load_failures_total",
+    ),
+    "saved_tokens": Metric(f"{_PREFIX}saved_tokens_total", "Tokens whose KV was stored", "Nothing to do"),
+    "saved_bytes": Metric(f"{_PREFIX}saved_bytes_total", "Encoded bytes stored", "Follows saved tokens"),
+    "params_rejected": Metric(
+        f"{_PREFIX}params_rejected_total",
+        "Requests whose transfer parameters were invalid or not usable",
+        "Somebody else than our workers sends kv_transfer_params, or versions differ",
+    ),
+}
+"""Plain counters by tally name."""
+
+LABELLED: Final[Mapping[str, Metric]] = {
+    "load_failures": Metric(
+        f"{_PREFIX}load_failures_total",
+        "Loads that ended early",
+        "missing: the directory is behind the store. deadline: the store is slow. mismatch: engines differ under one "
+        "key, a bug. store_error, scatter_error: see the log",
+        ("reason",),
+    ),
+    "saves": Metric(
+        f"{_PREFIX}saves_total",
+        "Chunks to be stored, by outcome",
+        "staging_full: raise save_staging_bytes. refused: the store is full of pins, or others save the same",
+        ("outcome",),
+    ),
+    "hook_errors": Metric(
+        f"{_PREFIX}hook_errors_total", "Exceptions caught at vLLM's hooks", "A bug: see the log", ("hook",)
+    ),
+}
+"""Counters with one label of ours: the tally name is `name.label`."""
+
+SECONDS: Final[Mapping[str, Metric]] = {
+    "read_s": Metric(
+        f"{_PREFIX}load_read_seconds", "Reading and verifying the chunks of one load", "The store or its disk is slow"
+    ),
+    "scatter_s": Metric(
+        f"{_PREFIX}load_scatter_seconds",
+        "Writing one piece of a load into the engine's blocks; other requests wait meanwhile",
+        "Lower load_step_bytes if tokens of running requests stutter",
+    ),
+    "load_s": Metric(f"{_PREFIX}load_seconds", "One load from allocation to the last token", "See its two parts"),
+    "save_s": Metric(f"{_PREFIX}save_seconds", "Reserving, encoding and committing one chunk", "The store is slow"),
+}
+"""Histograms by tally series."""
+
+for _metric in COUNTERS.values():
+    DEFINITIONS[_metric.name] = MetricDefinition(
+        name=_metric.name, kind=MetricKind.COUNTER, meaning=_metric.meaning, when_it_moves=_metric.when_it_moves
+    )
+for _metric in LABELLED.values():
+    DEFINITIONS[_metric.name] = MetricDefinition(
+        name=_metric.name,
+        kind=MetricKind.COUNTER,
+        meaning=_metric.meaning,
+        when_it_moves=_metric.when_it_moves,
+        labels=_metric.labels,
+    )
+for _metric in SECONDS.values():
+    DEFINITIONS[_metric.name] = MetricDefinition(
+        name=_metric.name, kind=MetricKind.HISTOGRAM, meaning=_metric.meaning, when_it_moves=_metric.when_it_moves
+    )

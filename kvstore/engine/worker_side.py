@@ -1,0 +1,191 @@
+"""The connector's worker half: carries out loads and saves beside the engine's steps.
+
+Covers: the blocks of this worker, the loader and the saver, and what an engine that cannot reuse KV answers.
+Does not cover: vLLM's class and its hooks (`kvstore.engine.connector`).
+"""
+
+import importlib
+import logging
+import os
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from cluster.errors import SettingsError
+from kvstore.engine.loader import Loader, LoadResult
+from kvstore.engine.ops import LoadOp, StepOps
+from kvstore.engine.paging import PagedKv, UnsupportedLayoutError
+from kvstore.engine.saver import Saver
+from kvstore.engine.settings import ConnectorSettings
+from kvstore.engine.tally import Tally
+from kvstore.interfaces import StoreClient
+
+logger = logging.getLogger(__name__)
+
+SECRET_ENV: Final = "LEARNONCE_CLUSTER_SECRET"
+StoreFactory = Callable[[Mapping[str, Any]], StoreClient]
+
+
+class StoreConnection:
+    """The engine's client of its node's store, made at first use and again after a failure to make it.
+
+    Args:
+        extra: The connector's extra configuration: `store_socket`, or `store` ("module:callable") that makes a client.
+    """
+
+    def __init__(self, extra: Mapping[str, Any]) -> None:
+        self._extra = extra
+        self._lock = threading.Lock()
+        self._client: StoreClient | None = None
+        self._closed = False
+
+    def __call__(self) -> StoreClient:
+        """The client.
+
+        Raises:
+            SettingsError: The configuration names no store that can be used, or the connection was closed.
+        """
+        with self._lock:
+            if self._closed:
+                raise SettingsError("the engine's store connection is closed")
+            if self._client is None:
+                self._client = _factory(self._extra)(self._extra)
+            return self._client
+
+    def close(self) -> None:
+        """Disconnect for good."""
+        with self._lock:
+            self._closed = True
+            if self._client is not None:
+                self._client.close()
+
+
+class WorkerSide:
+    """Loads and saves of one worker.
+
+    Guarantees:
+        Every load is reported as over, also by a worker that cannot load: then all of it counts as failed.
+
+    Args:
+        settings: Bounds.
+        extra: Where the store is, see `StoreConnection`.
+        block_size: Tokens per block as the scheduler counts them.
+        tally: Where everything is counted.
+    """
+
+    def __init__(self, *, settings: ConnectorSettings, extra: Mapping[str, Any], block_size: int, tally: Tally) -> None:
+        self._settings = settings
+        self._block_size = block_size
+        self._tally = tally
+        self._store = StoreConnection(extra)
+        self._loader: Loader | None = None
+        self._saver: Saver | None = None
+        self._finished: set[str] = set()
+        self._bad_blocks: set[int] = set()
+
+    def register(self, layers: list[Any]) -> str | None:
+        """Take the engine's KV; why it cannot be used, or None."""
+        try:
+            blocks = PagedKv(layers, block_size=self._block_size)
+        except UnsupportedLayoutError as error:
+            return str(error)
+        touched_bytes = blocks.pretouch()
+        logger.info("event=kv_registered layers=%d pretouched_bytes=%d", len(layers), touched_bytes)
+        self._loader = Loader(
+            store=self._store,
+            blocks=blocks,
+            tally=self._tally,
+            num_threads=self._settings.load_threads,
+            step_bytes=self._settings.load_step_bytes,
+        )
+        self._saver = Saver(
+            store=self._store,
+            blocks=blocks,
+            tally=self._tally,
+            staging_bytes=self._settings.save_staging_bytes,
+            deadline_s=self._settings.save_deadline_s,
+            num_threads=self._settings.save_threads,
+        )
+        return None
+
+    def load(self, ops: StepOps) -> None:
+        """Start this step's loads and scatter a bounded piece of those that have arrived."""
+        for op in ops.loads:
+            self._start(op)
+        if self._loader is not None:
+            self._note(self._loader.advance(busy=ops.busy))
+
+    def save(self, ops: StepOps) -> None:
+        """Take this step's complete chunks out of the engine."""
+        if self._saver is None or self._loader is None:
+            return
+        for op in ops.saves:
+            if self._loader.was_loaded(op.request_id, op.span.key):
+                self._tally.save_ended("held")
+            else:
+                self._saver.save(op)
+
+    def end_requests(self, request_ids: set[str]) -> None:
+        """Requests that are done or aborted: their loads are over."""
+        if self._loader is not None:
+            self._finished.update(name for name in request_ids if self._loader.drop(name))
+
+    def take_finished(self) -> set[str]:
+        """Requests whose loads are over since the last call."""
+        taken, self._finished = self._finished, set()
+        return taken
+
+    def take_bad_blocks(self) -> set[int]:
+        """Blocks that loads left without valid KV since the last call."""
+        taken, self._bad_blocks = self._bad_blocks, set()
+        return taken
+
+    @property
+    def num_open_loads(self) -> int:
+        """Loads under way; 0 when the engine is idle."""
+        return self._loader.num_open if self._loader is not None else 0
+
+    @property
+    def staged_bytes(self) -> int:
+        """KV waiting to be written; 0 when the engine has been idle for a while."""
+        return self._saver.staged_bytes if self._saver is not None else 0
+
+    def close(self) -> None:
+        """Finish saves within a deadline, drop loads, disconnect."""
+        if self._saver is not None:
+            self._saver.close()
+        if self._loader is not None:
+            self._loader.close()
+        self._store.close()
+
+    def _start(self, op: LoadOp) -> None:
+        try:
+            if self._loader is not None:
+                self._loader.submit(op)
+                return
+        except Exception:
+            logger.exception("event=load_not_started request_id=%s", op.request_id)
+        self._tally.load_failed("store_error", num_tokens=op.stop - op.start)
+        self._note(LoadResult({op.request_id}, set(op.block_ids[op.start // self._block_size :])))
+
+    def _note(self, result: LoadResult) -> None:
+        self._finished |= result.finished
+        self._bad_blocks |= result.bad_blocks
+
+
+def _factory(extra: Mapping[str, Any]) -> StoreFactory:
+    name = extra.get("store")
+    if name is None:
+        return _node_store
+    module, _, attribute = str(name).partition(":")
+    factory: StoreFactory = getattr(importlib.import_module(module), attribute)
+    return factory
+
+
+def _node_store(extra: Mapping[str, Any]) -> StoreClient:
+    from kvstore.client import NodeStoreClient  # engines with another store need no sockets
+
+    socket_path, secret = extra.get("store_socket"), os.environ.get(SECRET_ENV)
+    if not socket_path or not secret:
+        raise SettingsError(f"the connector needs store_socket and, in the environment, {SECRET_ENV}")
+    return NodeStoreClient(str(socket_path), secret=bytes.fromhex(secret), client_name=f"engine-{os.getpid()}")

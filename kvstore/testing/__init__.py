@@ -1,0 +1,11 @@
+"""What proves a store: an in-process client, fault wrappers, and contract suites to inherit.
+
+Covers: `MemoryStoreClient` (the reference the others are compared with), `FaultyStoreClient`, and, in the modules
+`kvstore.testing.store_client` and `kvstore.testing.tier`, suites that need pytest.
+Does not cover: real stores (`kvstore.node`).
+"""
+
+from kvstore.testing.faults import Fault, FaultyStoreClient
+from kvstore.testing.memory import MemoryStore, MemoryStoreClient
+
+__all__ = ["Fault", "FaultyStoreClient", "MemoryStore", "MemoryStoreClient"]

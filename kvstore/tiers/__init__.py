@@ -1,0 +1,1 @@
+"""Where records live on one node: a shared-memory arena, and files below it."""

@@ -1,0 +1,63 @@
+"""What the router believed when it decided: frozen, so that a recorded view replays to the same plan.
+
+Covers: spans with keys, replicas with their booked load, who holds the chunks of one request.
+Does not cover: how it is gathered (`router.directory`, `router.membership`, `router.bookings`).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from kvstore.keys import ChunkKey
+from kvstore.wire import Peer, SpanKind
+
+
+@dataclass(frozen=True, slots=True)
+class KeyedSpan:
+    """One future chunk: half-open `[start, stop)` of the prompt, chained behind everything before it."""
+
+    key: ChunkKey
+    start: int
+    stop: int
+    kind: SpanKind
+    document: int | None = None
+    """Index into the request's documents, for passages."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in the span."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaView:
+    """One replica that may take requests."""
+
+    peer: Peer
+    node_id: str
+    booked_tokens: int
+    """Tokens promised to it and not yet done: this router's bookings, or what it reports if that is more."""
+    has_store: bool = True
+    """Whether its node has a store, so that it can load and save."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class View:
+    """Everything that a placement may depend on."""
+
+    decode: tuple[ReplicaView, ...] = ()
+    prefill: tuple[ReplicaView, ...] = ()
+    nodes_by_key: Mapping[ChunkKey, frozenset[str]] = field(default_factory=dict)
+    """Nodes whose store holds each of the request's chunks; keys held nowhere are absent."""
+
+    def holds(self, span: KeyedSpan, *, node_id: str) -> bool:
+        """Whether the span can be read on `node_id`. Chunks do not travel between nodes yet."""
+        return node_id in self.nodes_by_key.get(span.key, frozenset())
+
+    def held_prefix_tokens(self, spans: Sequence[KeyedSpan], *, node_id: str) -> int:
+        """Tokens from position 0 that can be read on `node_id` without a gap."""
+        stop = 0
+        for span in spans:
+            if not self.holds(span, node_id=node_id):
+                break
+            stop = span.stop
+        return stop

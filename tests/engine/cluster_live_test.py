@@ -1,0 +1,170 @@
+"""A live cluster on real vLLM and the embedded model: the demo, bad input, and processes killed under load.
+
+The figures that the kill tests print (`pytest -s`, or the captured output in CI's log) are part of what they show.
+"""
+
+import asyncio
+import io
+import json
+import time
+import urllib.error
+import urllib.request
+
+import psutil
+import pytest
+from rich.console import Console
+from support.live import LiveCluster, Load, kill, until
+
+from cluster.demo import load_documents, load_questions, run_demo
+
+pytestmark = [pytest.mark.engine, pytest.mark.ray, pytest.mark.timeout(600)]
+
+REQUEST_S = 60.0
+"""The cluster's deadline for one request in this module."""
+SLACK_S = 5.0
+"""On top of the deadline: a busy machine of two cores."""
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    live = LiveCluster(
+        tmp_path_factory.mktemp("live"),
+        {
+            "engine.max_model_len": 8192,
+            "engine.kv_cache_bytes": 1 << 30,
+            "store.host_bytes": 1 << 30,
+            "router.deadlines.request_s": REQUEST_S,
+        },
+    )
+    live.up()
+    state = live.state()
+    print(f"\nready after {state.ready_after_s:.1f} s")
+    yield live
+    live.down()
+    assert live.processes() == []
+
+
+def test_demo_prints_the_table_with_real_reuse(cluster):
+    printed = io.StringIO()
+    console = Console(file=printed, width=160)
+    run_demo(None, keep=True, console=console, start=lambda _: cluster.url, stop=lambda _: None)
+    text = printed.getvalue()
+    print(text)
+    assert "TTFT cold" in text
+    for question in load_questions():
+        assert question.text.split()[0] in text
+    # Every warm request reused its documents: at least three quarters of its prompt.
+    rows = [line for line in text.splitlines() if " x " in line and "│" in line]
+    assert len(rows) == len(load_questions())
+    for row in rows:
+        prompt, reused = (int(cell.replace(",", "")) for cell in row.split("│")[2:4])
+        assert reused > 0.75 * prompt, row
+
+
+BAD = [
+    (b"{not json", 400),
+    (b"[]", 400),
+    (json.dumps({"messages": []}).encode(), 400),
+    (json.dumps({"model": "MODEL", "messages": "hello"}).encode(), 400),
+    (json.dumps({"model": "nope", "messages": [{"role": "user", "content": "x"}]}).encode(), 404),
+    (json.dumps({"model": "MODEL", "messages": [{"role": "user", "content": "x " * 20000}]}).encode(), 400),
+    (json.dumps({"model": "MODEL", "documents": [], "messages": [{"role": "user", "content": 5}]}).encode(), 400),
+    (
+        json.dumps(
+            {"model": "MODEL", "documents": [{"text": ""}], "messages": [{"role": "user", "content": "x"}]}
+        ).encode(),
+        400,
+    ),
+    (
+        json.dumps(
+            {
+                "model": "MODEL",
+                "documents": [{"text": "y " * 5_000_000}],
+                "messages": [{"role": "user", "content": "x"}],
+            }
+        ).encode(),
+        400,
+    ),
+    (
+        json.dumps({"model": "MODEL", "messages": [{"role": "user", "content": "x"}], "temperature": "hot"}).encode(),
+        400,
+    ),
+]
+
+
+@pytest.mark.parametrize(("body", "status"), BAD, ids=range(len(BAD)))
+def test_bad_input_is_answered_in_openais_format(cluster, body, status):
+    request = urllib.request.Request(
+        f"{cluster.url}/v1/chat/completions",
+        data=body.replace(b"MODEL", b"SmolLM2-135M-Instruct"),
+        headers={"Content-Type": "application/json"},
+    )
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(request, timeout=30)
+    with caught.value as answer:
+        error = json.loads(answer.read())["error"]
+    assert answer.code == status, error
+    assert error["message"]
+    assert error["type"]
+    assert cluster.ready()
+
+
+def victim_decode_engine(cluster):
+    return cluster.engine_core_of("Decode")
+
+
+def victim_store(cluster):
+    return cluster.process_named("NodeStoreActor")
+
+
+def victim_prefill(cluster):
+    return cluster.process_named("ServeReplica:learnonce:Prefill")
+
+
+def question(number, count):
+    """A load of every kind: short ones, and ones about documents that are long enough to be prefilled remotely."""
+    pages = list(load_documents().values())
+    body = {
+        "model": "SmolLM2-135M-Instruct",
+        "messages": [{"role": "user", "content": f"Client {number} asks for fact {count}."}],
+        "max_completion_tokens": 8,
+        "temperature": 0,
+    }
+    if number % 2:
+        body["documents"] = [pages[(number + count) % len(pages)]]
+        body["cache_salt"] = f"{number}-{count % 3}"
+    return body
+
+
+@pytest.mark.parametrize("victim", [victim_store, victim_prefill, victim_decode_engine])
+async def test_kill_9_under_load_heals_and_nothing_hangs(cluster, victim):
+    target = until(lambda: victim(cluster), within_s=90, what="the victim runs")
+    orphans = [target, *target.children(recursive=True)]
+    async with Load(cluster, clients=4, body=question, request_timeout_s=REQUEST_S + SLACK_S) as load:
+        await load.wait_ok(since_s=0.0, within_s=REQUEST_S)
+        killed_s = time.monotonic()
+        await asyncio.to_thread(kill, target)
+        service_back_s = await load.wait_ok(since_s=killed_s, within_s=150)
+        await asyncio.to_thread(
+            until,
+            lambda: (new := victim(cluster)) is not None and new.pid != target.pid and all_ready(cluster),
+            within_s=150,
+            what="the victim is replaced and all replicas are ready",
+        )
+        whole_s = time.monotonic() - killed_s
+    slowest_s = max(outcome.seconds for outcome in load.outcomes)
+    print(
+        f"\n{victim.__name__}: first 4 good answers {service_back_s:.1f} s after the kill, all replicas back after "
+        f"{whole_s:.1f} s, slowest request {slowest_s:.1f} s, outcomes {load.tally()}"
+    )
+    assert "HUNG" not in load.tally()
+    assert slowest_s < REQUEST_S + SLACK_S
+    assert not [p for p in orphans if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+
+def all_ready(cluster):
+    ready = cluster.ready()
+    if not ready:
+        return False
+    states = {(r["role"], r["state"]) for r in ready["replicas"] if r["store"]}
+    return states == {("prefill", "ready"), ("decode", "ready")}
