@@ -19,7 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from cluster import local
+from cluster import client, local
 from cluster.errors import CallerError, LearnonceError, UnavailableError
 from cluster.settings import Settings, read_settings, to_json
 
@@ -61,7 +61,7 @@ def up(config_file: ConfigOption = None, overrides: SetOption = None) -> None:
     """Start a cluster and leave it running."""
     settings = read_settings(config_file, overrides or ())
     url = start_cluster(settings)
-    out.print(usage_examples(url, settings))
+    out.print(usage_examples(url))
 
 
 @app.command()
@@ -87,7 +87,7 @@ def status(config_file: ConfigOption = None, overrides: SetOption = None) -> Non
         out.print(f"processes {len(alive)}, {memory / (1 << 30):.1f} GiB resident, supervisor {state.supervisor_pid}")
     out.print(f"files     {_folder(settings).path}")
     if state.phase == local.Phase.READY:
-        ready = fetch_json(f"{state.url}/ready")
+        ready = client.get_json(f"{state.url}/ready")
         out.print(_replica_table(ready))
     if state.phase != local.Phase.READY or (state.supervisor_pid and not alive):
         raise UnavailableError(f"cluster {name!r} is {state.phase if alive else 'dead: its processes ended'}")
@@ -103,10 +103,8 @@ def ask(
     overrides: SetOption = None,
 ) -> None:
     """Ask one question, streaming the answer; documents are learned once and reused."""
-    from cluster.client import ask as ask_api
-
     settings = read_settings(config_file, overrides or ())
-    answer = ask_api(
+    answer = client.ask(
         _api(settings, url),
         question,
         documents=read_documents(document or []),
@@ -130,10 +128,8 @@ def explain(
     overrides: SetOption = None,
 ) -> None:
     """Print the plan for a request and its reasons, without running it."""
-    from cluster.client import explain as explain_api
-
     settings = read_settings(config_file, overrides or ())
-    plan = explain_api(_api(settings, url), question, documents=read_documents(document or []))
+    plan = client.explain(_api(settings, url), question, documents=read_documents(document or []))
     if as_json:
         out.print_json(json.dumps(plan))
         return
@@ -264,31 +260,52 @@ def _step_line(step: local.Step) -> Text:
 
 def _replica_table(ready: dict[str, Any]) -> Table:
     table = Table("role", "replica", "state", "running", "node store")
-    for replica in ready.get("replicas", ()):
+    for worker in ready.get("workers", ()):
         table.add_row(
-            replica["role"],
-            replica["replica_id"],
-            replica["state"],
-            str(replica["running_requests"]),
-            replica.get("store") or "away",
+            worker["role"],
+            worker["replica_id"],
+            worker["state"],
+            str(worker["running_requests"]),
+            worker["store_epoch"] or "away",
         )
     return table
 
 
 def plan_lines(plan: dict[str, Any]) -> list[str]:
     """A plan of `/v1/plan` as lines to read."""
-    lines = [f"[bold]mode {plan['mode']}[/bold]: {plan['prompt_tokens']} prompt tokens, {plan['held_tokens']} held"]
-    for segment in plan["segments"]:
-        title = f" {segment['title']}" if segment.get("title") else ""
-        state = "held" if segment["held_tokens"] == segment["tokens"] else f"{segment['held_tokens']} held"
-        lines.append(f"  {segment['kind']:<8}{segment['tokens']:>6} tokens  {state}{escape(title)}")
-    lines += [f"  - {escape(reason)}" for reason in plan["reasons"]]
-    return lines
+    lines = [
+        f"[bold]mode {plan['mode']}[/bold]: {plan['prompt_tokens']} prompt tokens, {plan['held_tokens']} held, "
+        f"{plan['uncached_tokens']} to compute"
+    ]
+    if plan["opaque"]:
+        lines.append(f"  nothing can be reused: {escape(plan['opaque'])}")
+    segments = plan["segments"]
+    if segments["prefix"]:
+        lines.append(_segment_line("prefix", segments["prefix"], _held_of(plan, "prefix")))
+    lines += [
+        _segment_line("passage", document["tokens"], document["state"], document["title"] or "")
+        for document in plan["documents"]
+    ]
+    if segments["tail"]:
+        lines.append(_segment_line("tail", segments["tail"], _held_of(plan, "tail")))
+    return lines + [f"  - {escape(reason)}" for reason in plan["reasons"]]
 
 
-def usage_examples(url: str, settings: Settings) -> str:
+def _segment_line(kind: str, tokens: int, state: str, title: str = "") -> str:
+    return f"  {kind:<8}{tokens:>7} tokens  {state:<8}{escape(title)}".rstrip()
+
+
+def _held_of(plan: dict[str, Any], segment: str) -> str:
+    chunks = [chunk for chunk in plan["chunks"] if chunk["segment"] == segment]
+    held = sum(chunk["tokens"] for chunk in chunks if chunk["held"])
+    if chunks and held == sum(chunk["tokens"] for chunk in chunks):
+        return "held"
+    return f"{held} held" if held else "unknown"
+
+
+def usage_examples(url: str) -> str:
     """What to paste next."""
-    model = settings.engine.served_model_name or settings.engine.model
+    model = client.get_json(f"{url}/v1/models")["data"][0]["id"]
     return f"""
 [bold]The cluster is up at {url}/v1[/bold]. Paste one of these:
 
@@ -340,13 +357,6 @@ def api_url(settings: Settings) -> str:
 
 def _api(settings: Settings, url: str | None) -> str:
     return (url or api_url(settings)).rstrip("/").removesuffix("/v1")
-
-
-def fetch_json(url: str) -> dict[str, Any]:
-    """GET a JSON object; an HTTP error's body counts as well."""
-    from cluster.client import get_json
-
-    return get_json(url)
 
 
 def _folder(settings: Settings) -> local.StateFolder:

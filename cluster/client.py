@@ -13,8 +13,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-import openai
-
 from cluster.errors import CallerError, UnavailableError
 
 _TIMEOUT_S: Final = 600.0
@@ -59,6 +57,9 @@ def ask(
         CallerError: The API refused the request; its message is kept.
         UnavailableError: The API is not there, or busy.
     """
+    # Here, because it takes a second that no other command needs.
+    import openai
+
     extra: dict[str, Any] = {}
     if documents:
         extra["documents"] = list(documents)
@@ -69,7 +70,7 @@ def ask(
     pieces: list[str] = []
     usage: Any = None
     try:
-        with _client(url) as client:
+        with openai.OpenAI(base_url=f"{url}/v1", api_key=_api_key(), timeout=_TIMEOUT_S, max_retries=0) as client:
             stream = client.chat.completions.create(
                 model=_first_model(url),
                 messages=[{"role": "user", "content": question}],
@@ -114,9 +115,20 @@ def explain(url: str, question: str, *, documents: Sequence[Document] = ()) -> d
     return post_json(f"{url}/v1/plan", body)
 
 
-def learn(url: str, documents: Sequence[Document]) -> dict[str, Any]:
-    """Learn documents ahead of any question."""
-    return post_json(f"{url}/v1/documents", {"documents": list(documents)})
+def learn(url: str, documents: Sequence[Document]) -> list[dict[str, Any]]:
+    """Learn documents ahead of any question.
+
+    Returns:
+        Per document: `tokens`, `state` ("learned" or "already_held") and `seconds`.
+
+    Raises:
+        UnavailableError: One of them could not be learned.
+    """
+    learned: list[dict[str, Any]] = post_json(f"{url}/v1/documents", {"documents": list(documents)})["data"]
+    failed = [document for document in learned if document["state"] == "failed"]
+    if failed:
+        raise UnavailableError(f"{len(failed)} of {len(learned)} documents not learned: {failed[0]['error']}")
+    return learned
 
 
 def get_json(url: str) -> dict[str, Any]:
@@ -161,10 +173,6 @@ def _first_model(url: str) -> str:
     if "data" not in models:
         raise UnavailableError(models.get("error", {}).get("message", f"no models at {url}"))
     return str(models["data"][0]["id"])
-
-
-def _client(url: str) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{url}/v1", api_key=_api_key(), timeout=_TIMEOUT_S, max_retries=0)
 
 
 def _api_key() -> str:

@@ -17,15 +17,14 @@ from rich.table import Table
 from cluster import client
 from cluster.settings import Settings
 
-ALL_DOCUMENTS: Final = "*"
 _MAX_ANSWER_TOKENS: Final = 48
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """One question and the documents it is asked about."""
+    """One question and the document it is asked about."""
 
-    documents: tuple[client.Document, ...]
+    document: client.Document
     text: str
     expects: str
     """A short string that a right answer contains."""
@@ -60,7 +59,7 @@ def run_demo(
     url = start(settings)
     try:
         questions = load_questions()
-        _learn_all(url, questions, console)
+        _learn_all(url, console)
         rows = [_ask_twice(url, question, console) for question in questions]
         console.print(result_table(rows))
         console.print(
@@ -87,14 +86,12 @@ def load_documents() -> dict[str, client.Document]:
 
 
 def load_questions() -> list[Question]:
-    """The questions that ship with the documents, and one about all documents at once."""
+    """The questions that ship with the documents."""
     documents = load_documents()
     text = (files("cluster") / "demo_documents" / "questions.json").read_text(encoding="utf-8")
     return [
         Question(
-            documents=tuple(documents.values())
-            if item["document"] == ALL_DOCUMENTS
-            else (documents[item["document"]],),
+            document=documents[item["document"]],
             text=item["question"],
             expects=item["expects"],
         )
@@ -108,28 +105,15 @@ def _as_document(page: str) -> client.Document:
     return {"title": heading.lstrip("# ").strip(), "text": text.strip()}
 
 
-def _learn_all(url: str, questions: Sequence[Question], console: Console) -> None:
+def _learn_all(url: str, console: Console) -> None:
     console.print("\n[bold]Learning[/bold]: each document is prefilled once and its KV put into the node store")
     for document in load_documents().values():
         with console.status(f"learning {document['title']}"):
-            (learned,) = client.learn(url, [document])["documents"]
+            (learned,) = client.learn(url, [document])
         console.print(
             f"  {escape(document['title'])}: {learned['tokens']} tokens, {learned['state'].replace('_', ' ')}, "
             f"{learned['seconds']:.1f} s"
         )
-    together = {question.documents for question in map(_Hashed, questions) if len(question.documents) > 1}
-    for documents in together:
-        # Exact reuse follows the order of the prompt, so a set of documents is learned as it will be asked about.
-        with console.status(f"learning all {len(documents)} documents in one prompt"):
-            answer = client.ask(url, "Read this.", documents=[dict(d) for d in documents], max_tokens=1)
-        console.print(f"  all {len(documents)} in one prompt: {answer.prompt_tokens} tokens, {answer.total_s:.1f} s")
-
-
-class _Hashed:
-    """A question's documents in a form that a set can hold."""
-
-    def __init__(self, question: Question) -> None:
-        self.documents = tuple(tuple(sorted(document.items())) for document in question.documents)
 
 
 def _ask_twice(url: str, question: Question, console: Console) -> Row:
@@ -139,14 +123,14 @@ def _ask_twice(url: str, question: Question, console: Console) -> Row:
         cold = client.ask(
             url,
             question.text,
-            documents=question.documents,
+            documents=[question.document],
             max_tokens=_MAX_ANSWER_TOKENS,
             cache_salt=secrets.token_hex(8),
         )
     warm = client.ask(
         url,
         question.text,
-        documents=question.documents,
+        documents=[question.document],
         max_tokens=_MAX_ANSWER_TOKENS,
         on_text=lambda text: console.print(escape(text), end=""),
     )

@@ -10,7 +10,6 @@ import contextlib
 import json
 import logging
 import os
-import secrets
 import signal
 import sys
 import threading
@@ -165,6 +164,7 @@ class Supervisor:
         if ray.is_initialized():
             with contextlib.suppress(Exception):
                 serve.shutdown()
+                stop_node_stores(namespace=RAY_NAMESPACE)
             ray.shutdown()
         deadline.cancel()
 
@@ -291,7 +291,6 @@ def main() -> int:
     settings = settings_from_json(folder.settings.read_text())
     configure_logging(level=settings.log.level, json_lines=settings.log.json_lines)
     state = _own_state(folder)
-    os.environ.update(_ray_environment())
     progress = Progress(folder, state)
     supervisor = Supervisor(settings, progress, bytes.fromhex(os.environ[SECRET_VARIABLE]))
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -323,17 +322,6 @@ def _own_state(folder: StateFolder) -> ClusterState:
             return state
         time.sleep(0.02)
     raise UnavailableError(f"no state of cluster {wanted} in {folder.path}")
-
-
-def _ray_environment() -> dict[str, str]:
-    """Ray's own switches; read when Ray starts, so they are set before."""
-    return {
-        # A token of this cluster's own, instead of one written into the user's home.
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_SERVE_LOG_TO_STDERR": "0",
-    }
 
 
 if __name__ == "__main__":

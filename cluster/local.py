@@ -181,6 +181,7 @@ def spawn_supervisor(folder: StateFolder, settings_json: str, *, name: str, url:
         **os.environ,
         CLUSTER_ID_VARIABLE: state.cluster_id,
         SECRET_VARIABLE: folder.cluster_secret().hex(),
+        **_ray_environment(),
     }
     environment.pop("RAY_ADDRESS", None)
     with folder.log.open("wb") as log:
@@ -195,6 +196,17 @@ def spawn_supervisor(folder: StateFolder, settings_json: str, *, name: str, url:
     state.supervisor_pid = process.pid
     folder.write(state)
     return state
+
+
+def _ray_environment() -> dict[str, str]:
+    """Ray's own switches; it reads them when it is imported."""
+    return {
+        # A token of this cluster's own, instead of one written into the user's home.
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_SERVE_LOG_TO_STDERR": "0",
+    }
 
 
 def follow_start(folder: StateFolder, *, deadline_s: float) -> Iterator[ClusterState]:

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 from typing import Final
@@ -27,9 +28,14 @@ class ModelMissingError(CallerError):
 
 
 def model_home() -> Path:
-    """Folder of converted models: `$LEARNONCE_MODEL_HOME`, else `~/.cache/learnonce/models`."""
+    """Folder of converted models: `$LEARNONCE_MODEL_HOME`, else `.models` of a checkout, else in the user's cache."""
     given = os.environ.get("LEARNONCE_MODEL_HOME")
-    return Path(given).expanduser() if given else Path.home() / ".cache" / "learnonce" / "models"
+    if given:
+        return Path(given).expanduser()
+    checkout = Path(__file__).parent.parent
+    if (checkout / "pyproject.toml").is_file():
+        return checkout / ".models"
+    return Path.home() / ".cache" / "learnonce" / "models"
 
 
 def provide_model(model: str) -> str:
@@ -94,7 +100,10 @@ def _convert(gguf: Path, folder: Path) -> None:
     # Heavy imports here: everything else in this module must stay cheap for the CLI.
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers.utils import logging
 
+    # The caller shows what is being done; bars of three libraries would only tear that apart.
+    logging.disable_progress_bar()
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     model = AutoModelForCausalLM.from_pretrained(
         **source, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
@@ -102,3 +111,15 @@ def _convert(gguf: Path, folder: Path) -> None:
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
     shutil.copymode(folder.parent, folder)
+
+
+def main() -> None:
+    """Provide the embedded model, with a line about it (`make model`)."""
+    folder = model_home() / EMBEDDED_MODEL
+    if not folder.is_dir():
+        sys.stderr.write(f"==> converting the embedded model into {folder} (once, about a minute)\n")
+    provide_model(EMBEDDED_MODEL)
+
+
+if __name__ == "__main__":
+    main()

@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import yaml
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
@@ -28,13 +28,13 @@ DEFAULT_FILE: Final = "learnonce.yaml"
 class ClusterSettings(SettingsBase):
     """Where the cluster runs and how it is reached."""
 
-    name: str = Field("local", pattern=r"^[a-z0-9][a-z0-9-]{0,30}$")
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,30}$")] = "local"
     """Name of the cluster: several can run side by side on different ports."""
     address: str = "local"
     """`local` starts a Ray of its own on this machine; `auto` or `host:port` uses a Ray cluster that runs already."""
     host: str = "127.0.0.1"
     """Interface of the HTTP API. Replicas listen on the same one."""
-    port: int = Field(8000, ge=1, le=65535)
+    port: Annotated[int, Field(ge=1, le=65535)] = 8000
     """Port of the HTTP API."""
     state_dir: str = "~/.local/state/learnonce"
     """Folder of status, log and secret, one folder per cluster name."""

@@ -38,12 +38,10 @@ from decode_workers.execute import CURRENT, count_reuse
 from decode_workers.metrics import FALLBACKS
 from decode_workers.plan import Execution, FallbackReason
 from decode_workers.settings import DecodeSettings
-from kvstore.engine.build import build_engine_args
 from kvstore.engine.exposition import metrics_endpoint
 from kvstore.engine.llm import LlmEngine, warm_up
 from kvstore.engine.params import build_transfer_params
 from kvstore.engine.settings import EngineSettings
-from kvstore.engine.worker import EnginePlace
 from kvstore.interfaces import StoreClient
 from kvstore.wire import Role
 
@@ -128,8 +126,8 @@ async def start_vllm(
     settings: DecodeSettings,
     engine: EngineSettings,
     *,
-    place: EnginePlace,
     store: StoreClient,
+    store_socket: str,
     resources: AsyncExitStack,
 ) -> tuple[LlmEngine, FastAPI]:
     """Start an engine and vLLM's OpenAI app over it, obeying plans; warm when this returns.
@@ -137,12 +135,11 @@ async def start_vllm(
     Args:
         settings: The role's settings.
         engine: The engine's settings.
-        place: Where the engine finds model and store.
         store: For the warm-up.
+        store_socket: Where the engine's own processes find the node store.
         resources: Closes the engine.
     """
-    args = build_engine_args(engine, role=Role.DECODE, store_socket=place.store_socket, model=place.model_path)
-    started = LlmEngine(args, client=PlannedLLM)
+    started = LlmEngine(engine, role=Role.DECODE, store_socket=store_socket, client=PlannedLLM)
     resources.push_async_callback(started.close)
     app = await build_vllm_app(started.llm, engine, chat_template=settings.chat_template)
     await warm_up(started, store=store, num_tokens=settings.warmup_tokens)

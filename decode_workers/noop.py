@@ -4,9 +4,10 @@ Covers: chat and text completions, streaming, usage, models, health, metrics. Do
 words, tokenising. Tokens are the words "t<id>"; without a plan's prompt a token is a byte of the request's text.
 """
 
+import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any, Final
 
 import msgspec
@@ -82,9 +83,21 @@ async def _generate(engine: NoopEngine, request: Request) -> Response:
         usage = body.stream_options is not None and body.stream_options.include_usage
         return StreamingResponse(answer.events(include_usage=usage), media_type="text/event-stream")
     try:
-        return JSONResponse(await answer.whole())
+        return JSONResponse(await _unless_disconnected(request, answer.whole()))
     except NoopEngineDeadError as error:
         return _refused(500, "InternalServerError", str(error))
+
+
+async def _unless_disconnected(request: Request, work: Coroutine[Any, Any, dict[str, Any]]) -> dict[str, Any]:
+    """Do what vLLM's handlers do: stop working for a client that has left; nobody reads the answer then."""
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(request.receive())
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else {}
+    finally:
+        working.cancel()
+        leaving.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
 
 
 def _refused(status: int, error_type: str, message: str) -> Response:

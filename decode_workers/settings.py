@@ -1,4 +1,7 @@
-"""Settings of the decode workers."""
+"""Settings of the decode workers.
+
+Covers: checking plans, calling prefill replicas, the warm-up. Does not cover: the engine (`kvstore.engine.settings`).
+"""
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 

@@ -16,7 +16,7 @@ from decode_workers.settings import DecodeSettings
 from kvstore.engine.noop import NoopEngine
 from kvstore.engine.serving import Gate
 from kvstore.engine.settings import EngineSettings
-from kvstore.engine.worker import EnginePlace, Worker, WorkerEngine, WorkerPlace, leave_process
+from kvstore.engine.worker import Worker, WorkerEngine, WorkerPlace, leave_process
 from kvstore.interfaces import StoreClient
 from kvstore.wire import Role
 
@@ -34,8 +34,8 @@ async def start_decode_worker(
     engine: EngineSettings,
     *,
     place: WorkerPlace,
-    engine_place: EnginePlace,
     store: StoreClient,
+    store_socket: str,
     leave: Callable[[], None] = leave_process,
 ) -> Worker:
     """Start a decode replica; it is warm and serves when this returns.
@@ -44,8 +44,8 @@ async def start_decode_worker(
         settings: The role's settings.
         engine: The engine's settings. For vLLM, `kvstore.engine.build.engine_environment` is already set.
         place: Where the worker runs.
-        engine_place: Where its engine finds model and store.
         store: This process' client of the node store; closed with the worker.
+        store_socket: Where the engine's own processes find the node store.
         leave: Ends the process once the engine is dead.
 
     Raises:
@@ -61,7 +61,7 @@ async def start_decode_worker(
             # Here and not above: vLLM is heavy, and reads its environment when it is imported.
             from decode_workers.engine import start_vllm
 
-            vllm, app = await start_vllm(settings, engine, place=engine_place, store=store, resources=resources)
+            vllm, app = await start_vllm(settings, engine, store=store, store_socket=store_socket, resources=resources)
             parts = DecodeParts(engine=vllm, app=app)
         worker = assemble(parts, settings=settings, place=place, resources=resources, leave=leave)
         await worker.start()

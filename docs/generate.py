@@ -25,6 +25,7 @@ ENVIRONMENT: Final = {
     "LEARNONCE_CONFIG": "Path of the YAML file, where `--config` is not given.",
     "LEARNONCE_MODEL_HOME": "Folder of converted models. Default `~/.cache/learnonce/models`; `make` uses `.models`.",
     "LEARNONCE_API_KEYS": "Accepted API keys, separated by commas. Unset: the API asks for none.",
+    "LEARNONCE_API_KEY": "The key that `learnonce ask`, `explain`, `demo` and `bench` send.",
     "LEARNONCE_CLUSTER_SECRET": "Secret that plans and store connections are signed with, in hex. Made by `learnonce "
     "up` and passed to every process of the cluster.",
     "LEARNONCE_CLUSTER_ID": "Random name of one local cluster's life. Every process of it carries it, which is how "
@@ -104,8 +105,7 @@ def configuration_page(schema: Schema) -> str:
 _EXAMPLE: Final = (
     "cluster:",
     "  port: 8010",
-    "decode:",
-    "  replicas: 2",
+    "  decode_replicas: 2",
     "log:",
     "  level: DEBUG",
 )

@@ -50,6 +50,8 @@ log = logging.getLogger(__name__)
 _MAX_UNSENT_BYTES: Final = 8 << 20
 """Frames that a store may leave unread before the client gives it up."""
 _RECEIVE_BYTES: Final = 256 << 10
+_PATIENCE_S: Final = 0.1
+"""A store that answers later than this after it should is taken for frozen, until it answers."""
 
 
 class StoreUnreachableError(UnavailableError):
@@ -105,13 +107,15 @@ class StoreConnection:
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
         self._calls: dict[int, _Call] = {}
-        self._abandoned: set[int] = set()
-        """Requests whose callers gave up: their replies prove that the store lives."""
+        self._abandoned: dict[int, float] = {}
+        """When the replies are due that callers did not wait for; their arrival proves that the store lives."""
         self._unsent = bytearray()
         self._leases: set[int] = set()
-        self._unreferenced: deque[int] = deque()
-        """Read leases whose objects were collected: released with the next request."""
+        self._unreferenced: deque[tuple[int, Request]] = deque()
+        """Leases whose objects were collected, and what ends them: sent with the next request."""
         self._is_dead = False
+        self._is_receiving = True
+        self._is_closed = False
         self._thread = threading.Thread(target=self._serve, name="kvstore-client", daemon=True)
         self._thread.start()
 
@@ -122,8 +126,9 @@ class StoreConnection:
 
     @property
     def is_stuck(self) -> bool:
-        """Whether the store owes a reply whose caller has given up: it would only be waited for in vain."""
-        return bool(self._abandoned)
+        """Whether a reply is overdue that its caller has given up: others would wait in vain."""
+        with self._lock:
+            return bool(self._abandoned) and min(self._abandoned.values()) < time.monotonic()
 
     @property
     def num_leases(self) -> int:
@@ -134,9 +139,20 @@ class StoreConnection:
         """A number for a request."""
         return next(self._numbers)
 
-    def call(self, request: Request, *, number: int, stop_s: float) -> Reply | None:
-        """Send a request and wait for its reply; None if it does not come before the monotonic time `stop_s`."""
+    def call(self, request: Request, *, number: int, stop_s: float, timeout_s: float = 0.0) -> Reply | None:
+        """Send a request and wait for its reply.
+
+        Args:
+            request: The message.
+            number: The request's number.
+            stop_s: Monotonic time after which nobody waits any more.
+            timeout_s: Seconds that the store may take by the request's own words.
+
+        Returns:
+            The reply; None if it is late, or the connection is dead.
+        """
         call = _Call()
+        due_s = time.monotonic() + timeout_s + _PATIENCE_S
         self._flush_unreferenced()
         with self._lock:
             if self._is_dead or not self._queue(encode(request)):
@@ -145,7 +161,7 @@ class StoreConnection:
         if not call.done.wait(max(0.0, stop_s - time.monotonic())):
             with self._lock:
                 if self._calls.pop(number, None) is not None and not self._is_dead:
-                    self._abandoned.add(number)
+                    self._abandoned[number] = due_s
         return call.reply
 
     def post(self, message: Request) -> None:
@@ -157,15 +173,17 @@ class StoreConnection:
     def end_lease(self, lease: int, message: Request) -> None:
         """Tell the store that a lease is over; its memory must not be touched afterwards."""
         self.post(message)
-        self._forget_lease(lease)
+        self.forget_lease(lease)
 
     def forget_lease(self, lease: int) -> None:
         """A lease ended by a reply, such as that of a commit."""
-        self._forget_lease(lease)
+        with self._lock:
+            self._leases.discard(lease)
+            self._close_if_over()
 
-    def abandon_lease(self, lease: int) -> None:
-        """Release a lease from a finaliser, where no lock may be taken."""
-        self._unreferenced.append(lease)
+    def abandon_lease(self, lease: int, message: Request) -> None:
+        """End a lease from a finaliser, where no lock may be taken."""
+        self._unreferenced.append((lease, message))
 
     def read_only(self, start: int, stop: int) -> memoryview:
         """Bytes of the arena."""
@@ -177,12 +195,14 @@ class StoreConnection:
 
     def close(self) -> None:
         """End all leases and the thread. Repeating it is harmless."""
-        self._mark_dead()
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
+        with self._lock:
+            self._is_dead = True
+            if self._is_receiving:
+                os.eventfd_write(self._wake_fd, 1)
+        self._thread.join()
         with self._lock:
             self._leases.clear()
-            self._close_socket()
+            self._close_if_over()
 
     def _queue(self, frame: bytes) -> bool:
         """Send now what the socket takes, keep the rest; under the lock. False if the store reads too little."""
@@ -193,7 +213,7 @@ class StoreConnection:
         if was_empty:
             self._send_unsent()
             if self._unsent:
-                self._wake()
+                os.eventfd_write(self._wake_fd, 1)
         return True
 
     def _send_unsent(self) -> None:
@@ -228,7 +248,7 @@ class StoreConnection:
         except (OSError, ProtocolError) as error:
             log.warning("store_connection_failed epoch=%s error=%s", self.epoch, error)
         finally:
-            self._mark_dead()
+            self._stop_receiving()
 
     def _receive(self, reader: FrameReader) -> bool:
         """Handle what has arrived; False at the end of the stream."""
@@ -243,7 +263,7 @@ class StoreConnection:
     def _deliver(self, reply: Reply) -> None:
         with self._lock:
             call = self._calls.pop(reply.number, None)
-            self._abandoned.discard(reply.number)
+            self._abandoned.pop(reply.number, None)
             if call is not None:
                 self._leases.update(grant.lease for grant in _grants(reply))
                 call.reply = reply
@@ -255,51 +275,33 @@ class StoreConnection:
                 self._queue(encode(Abort(reply.grant.lease)))
 
     def _flush_unreferenced(self) -> None:
-        leases = []
         while self._unreferenced:
-            leases.append(self._unreferenced.popleft())
-        if leases:
-            self.post(Release(leases))
-            for lease in leases:
-                self._forget_lease(lease)
+            self.end_lease(*self._unreferenced.popleft())
 
-    def _forget_lease(self, lease: int) -> None:
-        with self._lock:
-            self._leases.discard(lease)
-            if self._is_dead and not self._leases:
-                self._close_socket()
-
-    def _mark_dead(self) -> None:
-        """No more requests; those in flight end without a reply.
-
-        The socket stays open while leases live: a store that expelled this client keeps their memory until then.
-        """
+    def _stop_receiving(self) -> None:
+        """No more requests; those in flight end without a reply."""
         with self._lock:
             self._is_dead = True
+            self._is_receiving = False
             calls = list(self._calls.values())
             self._calls.clear()
             self._abandoned.clear()
-            if not self._leases:
-                self._close_socket()
-            else:
-                self._wake()
+            self._close_if_over()
         for call in calls:
             call.done.set()
 
-    def _close_socket(self) -> None:
-        """Close what the connection holds; under the lock, or at its end."""
-        self._wake()
-        if threading.current_thread() is self._thread or not self._thread.is_alive():
-            self._socket.close()
-            if self._wake_fd >= 0:
-                os.close(self._wake_fd)
-                self._wake_fd = -1
-            for mapping in (self._readable, self._writable):
-                _close_unless_used(mapping)
+    def _close_if_over(self) -> None:
+        """Close the socket once nothing needs it; under the lock.
 
-    def _wake(self) -> None:
-        if self._wake_fd >= 0:
-            os.eventfd_write(self._wake_fd, 1)
+        It stays open while leases live: a store that expelled this client keeps their memory until then.
+        """
+        if self._is_closed or self._is_receiving or self._leases:
+            return
+        self._is_closed = True
+        self._socket.close()
+        os.close(self._wake_fd)
+        for mapping in (self._readable, self._writable):
+            _close_unless_used(mapping)
 
 
 def _close_unless_used(mapping: mmap.mmap) -> None:

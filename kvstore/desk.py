@@ -82,6 +82,7 @@ class Desk:
         index: Told of every key that may have changed.
         promote: Starts to bring a chunk from the file tier into the arena; `note_settled` follows.
         on_commit: Told of every chunk that became readable by a commit.
+        on_drop: Told of every chunk that was dropped on purpose.
         max_leases: Leases and reservations of one session.
         reservation_s: Seconds a writer has.
     """
@@ -94,6 +95,7 @@ class Desk:
         *,
         promote: Callable[[ChunkKey], None],
         on_commit: Callable[[ChunkKey], None],
+        on_drop: Callable[[ChunkKey], None],
         max_leases: int,
         reservation_s: float,
     ) -> None:
@@ -102,6 +104,7 @@ class Desk:
         self._index = index
         self._promote = promote
         self._on_commit = on_commit
+        self._on_drop = on_drop
         self._max_leases = max_leases
         self._reservation_s = reservation_s
         self._numbers = itertools.count(1)
@@ -170,6 +173,7 @@ class Desk:
         metrics.CORRUPT_REPORTS.inc()
         if self._host.find(slot.key) is slot:
             self._host.drop(slot.key)
+            self._on_drop(slot.key)
             self._index.refresh(slot.key)
         self._host.unpin(slot)
 
@@ -177,6 +181,7 @@ class Desk:
         """Forget chunks in all tiers; whether there was one."""
         any_dropped = False
         for key in keys:
+            self._on_drop(key)
             any_dropped |= self._host.drop(key)
             any_dropped |= self._file is not None and self._file.drop(key)
             self._index.refresh(key)

@@ -57,6 +57,9 @@ class Mover:
         self._queue: deque[ChunkKey] = deque()
         self._writers: set[asyncio.Task[None]] = set()
         self._promotions: dict[ChunkKey, asyncio.Task[None]] = {}
+        self._writing: set[ChunkKey] = set()
+        self._unwanted: set[ChunkKey] = set()
+        """Keys dropped while they were being copied."""
 
     @property
     def queued_chunks(self) -> int:
@@ -93,6 +96,11 @@ class Mover:
             self._writers.add(writer)
             writer.add_done_callback(self._writers.discard)
 
+    def forget(self, key: ChunkKey) -> None:
+        """The chunk was dropped: a copy of it that is under way must not bring it back."""
+        if key in self._writing or key in self._promotions:
+            self._unwanted.add(key)
+
     async def stop(self, *, drain_s: float) -> None:
         """Finish copies for at most `drain_s` seconds, drop the rest of the queue, and end the threads."""
         loop = asyncio.get_running_loop()
@@ -114,7 +122,8 @@ class Mover:
             log.exception("promotion_failed key=%s", short(key))
         finally:
             del self._promotions[key]
-            if header is None:
+            if header is None or key in self._unwanted:
+                self._unwanted.discard(key)
                 self._host.discard(slot)
             else:
                 self._host.commit(slot, header)
@@ -128,16 +137,25 @@ class Mover:
             if slot is None:
                 metrics.WRITE_BEHIND.labels("evicted").inc()
                 continue
-            self._host.hold(slot)
-            try:
-                stored = await self._run(self._file.put, key, self._host.view(slot))
-            except Exception:
-                log.exception("write_behind_failed key=%s", short(key))
-                stored = False
-            finally:
-                self._host.unpin(slot)
-            metrics.WRITE_BEHIND.labels("stored" if stored else "failed").inc()
+            outcome = "stored" if await self._write(key, slot) else "failed"
+            metrics.WRITE_BEHIND.labels(outcome).inc()
             self._on_moved(key)
+
+    async def _write(self, key: ChunkKey, slot: Slot) -> bool:
+        self._host.hold(slot)
+        self._writing.add(key)
+        stored = False
+        try:
+            stored = await self._run(self._file.put, key, self._host.view(slot))
+        except Exception:
+            log.exception("write_behind_failed key=%s", short(key))
+        finally:
+            self._writing.discard(key)
+            self._host.unpin(slot)
+            if key in self._unwanted:
+                self._unwanted.discard(key)
+                self._file.drop(key)
+        return stored
 
     async def _run(self, function: Callable[[ChunkKey, memoryview], T], key: ChunkKey, view: memoryview) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._pool, function, key, view)

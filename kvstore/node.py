@@ -19,7 +19,7 @@ from cluster.errors import CallerError, InvariantError
 from kvstore import metrics
 from kvstore.container import ALIGN
 from kvstore.desk import Desk
-from kvstore.events import EventPublisher
+from kvstore.events import EventPublisher, HeldChunk
 from kvstore.index import ChunkIndex
 from kvstore.interfaces import TierStat
 from kvstore.keys import ChunkKey
@@ -85,9 +85,12 @@ class NodeStore:
             outcome.append(result)
             opened.set()
 
-        self._thread = threading.Thread(
-            target=lambda: asyncio.run(self._run(on_open)), name="kvstore-node", daemon=True
-        )
+        def serve() -> None:
+            # The plain loop, whatever policy the process has: sockets and descriptors are passed by hand here.
+            with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:
+                runner.run(self._run(on_open))
+
+        self._thread = threading.Thread(target=serve, name="kvstore-node", daemon=True)
         self._thread.start()
         opened.wait()
         if isinstance(outcome[0], BaseException):
@@ -125,7 +128,7 @@ class NodeStore:
         async with AsyncExitStack() as stack:
             try:
                 parts = self._parts = await self._open(stack)
-            except BaseException as error:  # noqa: BLE001 it is raised again by `start`
+            except BaseException as error:
                 # Close first: whoever sees the error may try the same folder again.
                 await stack.aclose()
                 on_open(error)
@@ -167,17 +170,7 @@ class NodeStore:
         file = _open_file_tier(settings.file, on_drop=on_file_drop) if settings.file else None
         if file is not None:
             stack.callback(file.close)
-        publisher = EventPublisher(
-            node_id=self._node_id,
-            epoch=epoch,
-            secret=self._secret,
-            bind_host=self._bind_host,
-            events_port=settings.events_port,
-            snapshot_port=settings.snapshot_port,
-            ring_events=settings.max_event_ring,
-            heartbeat_s=settings.heartbeat_s,
-            snapshot=lambda: index.snapshot(),
-        )
+        publisher = self._open_publisher(epoch, lambda: index.snapshot())
         stack.push_async_callback(publisher.stop)
         index = ChunkIndex(host, file, announce=publisher.publish)
         for key, _ in file.entries() if file else ():
@@ -198,6 +191,7 @@ class NodeStore:
             index,
             promote=mover.promote if mover else _ignore,
             on_commit=mover.write_behind if mover else _ignore,
+            on_drop=mover.forget if mover else _ignore,
             max_leases=settings.max_leases_per_session,
             reservation_s=settings.reservation_s,
         )
@@ -222,6 +216,20 @@ class NodeStore:
         )
         stack.push_async_callback(server.stop)
         return parts
+
+    def _open_publisher(self, epoch: str, snapshot: Callable[[], tuple[HeldChunk, ...]]) -> EventPublisher:
+        settings = self.settings
+        return EventPublisher(
+            node_id=self._node_id,
+            epoch=epoch,
+            secret=self._secret,
+            bind_host=self._bind_host,
+            events_port=settings.events_port,
+            snapshot_port=settings.snapshot_port,
+            ring_events=settings.max_event_ring,
+            heartbeat_s=settings.heartbeat_s,
+            snapshot=snapshot,
+        )
 
     async def _tick(self, parts: "_Parts") -> None:
         """What happens by time alone."""
@@ -249,8 +257,10 @@ class _Parts:
 
     def stat(self) -> dict[str, TierStat]:
         """Counts per tier."""
-        tiers = [self.host] if self.file is None else [self.host, self.file]
-        return {tier.name: tier.stat() for tier in tiers}
+        stats = {self.host.name: self.host.stat()}
+        if self.file is not None:
+            stats[self.file.name] = self.file.stat()
+        return stats
 
 
 def available_memory_bytes() -> int:

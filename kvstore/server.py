@@ -14,7 +14,7 @@ import secrets
 import socket
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Final
+from typing import Final, cast
 
 from cluster.errors import CallerError
 from kvstore import metrics
@@ -233,19 +233,18 @@ class StoreConnection(asyncio.Protocol):
 
     def __init__(self, server: StoreServer, client_name: str) -> None:
         self._server = server
-        self._desk = server.desk
+        self.desk = server.desk
         self._session = Session(client_name)
         self._reader = FrameReader()
         self._transport: asyncio.Transport | None = None
         self._is_expelled = False
         self._closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._pending: set[_Pending] = set()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """The handshake is over."""
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
-        self._desk.open_session(self._session)
+        self._transport = cast("asyncio.Transport", transport)
+        self.desk.open_session(self._session)
         self._server.add(self)
 
     def data_received(self, data: bytes) -> None:
@@ -260,9 +259,9 @@ class StoreConnection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The client closed or died: nothing of it stays."""
-        for task in self._tasks:
-            task.cancel()
-        self._desk.end_session(self._session)
+        for pending in list(self._pending):
+            pending.cancel()
+        self.desk.end_session(self._session)
         self._server.remove(self)
         self._closed.set_result(None)
 
@@ -277,14 +276,14 @@ class StoreConnection(asyncio.Protocol):
 
     def _serve(self, request: Request) -> None:
         metrics.REQUESTS.labels(type(request).__name__.lower()).inc()
-        desk, session = self._desk, self._session
+        desk, session = self.desk, self._session
         match request:
             case Lookup(number, keys):
                 self._check_keys(keys)
-                self._reply(Held(number, self._flags(keys)))
+                self.reply(Held(number, self._flags(keys)))
             case Wait(number, keys, timeout_s):
                 self._check_keys(keys)
-                self._start(self._wait(number, keys, timeout_s))
+                self._wait(number, keys, timeout_s)
             case Read(number, keys, timeout_s):
                 self._check_keys(keys)
                 self._read(number, keys, timeout_s)
@@ -292,16 +291,16 @@ class StoreConnection(asyncio.Protocol):
                 now_s = asyncio.get_running_loop().time()
                 answer = desk.reserve(session, ChunkKey(key), meta, payload_bytes, now_s=now_s)
                 if isinstance(answer, Grant):
-                    self._reply(Reserved(number, answer))
+                    self.reply(Reserved(number, answer))
                 else:
-                    self._reply(Reserved(number, None, answer))
+                    self.reply(Reserved(number, None, answer))
             case Commit(number, lease, payload_checksum):
-                self._reply(Done(number, desk.commit(session, lease, payload_checksum)))
+                self.reply(Done(number, desk.commit(session, lease, payload_checksum)))
             case Drop(number, keys):
                 self._check_keys(keys)
-                self._reply(Done(number, desk.drop([ChunkKey(k) for k in keys])))
+                self.reply(Done(number, desk.drop([ChunkKey(k) for k in keys])))
             case Stat(number):
-                self._reply(self._stats(number))
+                self.reply(self._stats(number))
             case Release(leases):
                 desk.release(session, leases)
             case Abort(lease):
@@ -310,57 +309,44 @@ class StoreConnection(asyncio.Protocol):
                 desk.report_corrupt(session, lease)
 
     def _read(self, number: int, keys: list[bytes], timeout_s: float) -> None:
-        grants: list[Grant | None] = [self._desk.grant_read(self._session, ChunkKey(key)) for key in keys]
+        grants: list[Grant | None] = [self.desk.grant_read(self._session, ChunkKey(key)) for key in keys]
         places: dict[ChunkKey, list[int]] = {}
         for place, key in enumerate(keys):
-            if grants[place] is None and self._desk.fetch(ChunkKey(key)):
+            if grants[place] is None and self.desk.fetch(ChunkKey(key)):
                 places.setdefault(ChunkKey(key), []).append(place)
-        if places:
-            self._start(self._wait_and_grant(number, grants, places, timeout_s))
-        else:
-            self._reply(Granted(number, grants))
 
-    async def _wait_and_grant(
-        self, number: int, grants: list[Grant | None], places: dict[ChunkKey, list[int]], timeout_s: float
-    ) -> None:
         def settle(key: ChunkKey) -> bool:
             # Pinned here and now: the next promotion may evict what has just arrived.
             for place in places[key]:
-                grants[place] = self._desk.grant_read(self._session, key)
-            return grants[places[key][0]] is not None or not self._desk.is_being_written(key)
+                grants[place] = self.desk.grant_read(self._session, key)
+            return grants[places[key][0]] is not None or not self.desk.is_being_written(key)
 
-        await self._wait_for(set(places), settle, timeout_s)
-        self._reply(Granted(number, grants))
+        self._reply_when_settled(set(places), settle, timeout_s, lambda: Granted(number, grants))
 
-    async def _wait(self, number: int, keys: list[bytes], timeout_s: float) -> None:
-        missing = {ChunkKey(key) for key in keys if not self._desk.can_read(ChunkKey(key))}
-        await self._wait_for(missing, self._desk.can_read, timeout_s)
-        self._reply(Held(number, self._flags(keys)))
+    def _wait(self, number: int, keys: list[bytes], timeout_s: float) -> None:
+        can_read = self.desk.can_read
+        missing = {ChunkKey(key) for key in keys if not can_read(ChunkKey(key))}
+        self._reply_when_settled(missing, can_read, timeout_s, lambda: Held(number, self._flags(keys)))
 
-    async def _wait_for(self, keys: set[ChunkKey], settle: Callable[[ChunkKey], bool], timeout_s: float) -> None:
+    def _reply_when_settled(
+        self, keys: set[ChunkKey], settle: Callable[[ChunkKey], bool], timeout_s: float, reply: Callable[[], Reply]
+    ) -> None:
+        """Answer once every key is settled, or after `timeout_s`; at once if there is nothing to wait for."""
         if not keys:
+            self.reply(reply())
             return
-        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        if len(self._pending) >= self._server.settings.max_waiting_per_session:
+            raise ProtocolError(f"more than {self._server.settings.max_waiting_per_session} requests wait")
+        waiting = Waiting(set(keys), settle=settle, on_done=lambda: pending.finish())
+        pending = _Pending(self, waiting, keys, reply, timeout_s)
+        self._pending.add(pending)
 
-        def finish() -> None:
-            if not done.done():
-                done.set_result(None)
+    def forget(self, pending: "_Pending") -> None:
+        """A request waits no more."""
+        self._pending.discard(pending)
 
-        waiting = Waiting(set(keys), settle=settle, on_done=finish)
-        self._desk.add_waiting(waiting)
-        try:
-            await asyncio.wait({done}, timeout=timeout_s)
-        finally:
-            self._desk.remove_waiting(waiting, keys)
-
-    def _start(self, answer: "asyncio._CoroutineLike[None]") -> None:
-        task = asyncio.get_running_loop().create_task(answer)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        if len(self._tasks) > self._server.settings.max_waiting_per_session:
-            self._expel(f"more than {self._server.settings.max_waiting_per_session} requests wait")
-
-    def _reply(self, reply: Reply) -> None:
+    def reply(self, reply: Reply) -> None:
+        """Send one reply."""
         if self._transport is None or self._transport.is_closing() or self._is_expelled:
             return
         self._transport.write(encode(reply))
@@ -380,18 +366,48 @@ class StoreConnection(asyncio.Protocol):
             raise ProtocolError(f"{len(keys)} keys in one request, {limit} are allowed")
 
     def _flags(self, keys: list[bytes]) -> bytes:
-        can_read = self._desk.can_read
+        can_read = self.desk.can_read
         return bytes([can_read(ChunkKey(key)) for key in keys])
 
     def _stats(self, number: int) -> Stats:
         return Stats(
             number=number,
             tiers=self._server.tiers(),
-            sessions=len(self._desk.sessions),
-            read_leases=self._desk.num_reads,
-            reservations=self._desk.num_writes,
+            sessions=len(self.desk.sessions),
+            read_leases=self.desk.num_reads,
+            reservations=self.desk.num_writes,
             write_behind_chunks=self._server.queued_chunks(),
         )
+
+
+class _Pending:
+    """A request that waits; registered from the moment that it is made, so that no change is missed."""
+
+    def __init__(
+        self,
+        connection: StoreConnection,
+        waiting: Waiting,
+        keys: set[ChunkKey],
+        reply: Callable[[], Reply],
+        timeout_s: float,
+    ) -> None:
+        self._connection = connection
+        self._waiting = waiting
+        self._keys = keys
+        self._reply = reply
+        self._timer = asyncio.get_running_loop().call_later(timeout_s, self.finish)
+        connection.desk.add_waiting(waiting)
+
+    def finish(self) -> None:
+        """Reply with what there is."""
+        self.cancel()
+        self._connection.reply(self._reply())
+
+    def cancel(self) -> None:
+        """Stop waiting."""
+        self._timer.cancel()
+        self._connection.desk.remove_waiting(self._waiting, self._keys)
+        self._connection.forget(self)
 
 
 async def _receive_hello(sock: socket.socket) -> bytes:

@@ -3,7 +3,7 @@
 Covers: sizes, bounds and times of the node store process. Does not cover: where it runs (`cluster.settings`).
 """
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt
 
 from cluster.settings_base import SettingsBase
 
@@ -52,9 +52,9 @@ class StoreSettings(SettingsBase):
     """Events kept for subscribers that missed some; who missed more gets a snapshot."""
     heartbeat_s: PositiveFloat = 0.5
     """Seconds between heartbeats of the event stream."""
-    events_port: NonNegativeInt | None = None
+    events_port: int | None = Field(default=None, ge=1, le=65535)
     """Port of the event stream; None takes a free one."""
-    snapshot_port: NonNegativeInt | None = None
+    snapshot_port: int | None = Field(default=None, ge=1, le=65535)
     """Port of snapshots and replays; None takes a free one."""
 
 

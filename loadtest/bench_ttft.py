@@ -148,7 +148,7 @@ async def _model(session: aiohttp.ClientSession, url: str) -> str:
 async def _learn(session: aiohttp.ClientSession, url: str, document: dict[str, str], salt: str) -> None:
     async with session.post(f"{url}/v1/documents", json={"documents": [document], "cache_salt": salt}) as answer:
         body = await answer.json()
-    if answer.status != 200 or any(item["state"] != "learned" for item in body["documents"]):
+    if answer.status != 200 or any(item["state"] != "learned" for item in body["data"]):
         raise UnavailableError(f"learning failed: {body}")
 
 

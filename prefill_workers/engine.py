@@ -13,11 +13,9 @@ from vllm import SamplingParams, TokensPrompt
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 
-from kvstore.engine.build import build_engine_args
 from kvstore.engine.llm import LlmEngine, warm_up
 from kvstore.engine.params import build_transfer_params
 from kvstore.engine.settings import EngineSettings
-from kvstore.engine.worker import EnginePlace
 from kvstore.interfaces import StoreClient
 from kvstore.wire import Role
 from prefill_workers.plan import PrefillWork
@@ -28,8 +26,8 @@ async def start_vllm(
     settings: PrefillSettings,
     engine: EngineSettings,
     *,
-    place: EnginePlace,
     store: StoreClient,
+    store_socket: str,
     resources: AsyncExitStack,
 ) -> "tuple[LlmPrefillEngine, Callable[[], CollectorRegistry]]":
     """Start an engine; warm when this returns.
@@ -37,15 +35,14 @@ async def start_vllm(
     Args:
         settings: The role's settings.
         engine: The engine's settings.
-        place: Where the engine finds model and store.
         store: For the warm-up.
+        store_socket: Where the engine's own processes find the node store.
         resources: Closes the engine.
 
     Returns:
         The engine, and where its metrics are.
     """
-    args = build_engine_args(engine, role=Role.PREFILL, store_socket=place.store_socket, model=place.model_path)
-    started = LlmPrefillEngine(args)
+    started = LlmPrefillEngine(engine, role=Role.PREFILL, store_socket=store_socket)
     resources.push_async_callback(started.close)
     await warm_up(started, store=store, num_tokens=settings.warmup_tokens)
     return started, get_prometheus_registry

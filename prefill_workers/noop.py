@@ -1,4 +1,7 @@
-"""The prefill role on the no-op engine."""
+"""The prefill role on the no-op engine.
+
+Covers: one call into it. Does not cover: the engine (`kvstore.engine.noop`), queueing (`prefill_workers.app`).
+"""
 
 from kvstore.engine.noop import NoopEngine, NoopRequest
 from prefill_workers.plan import PrefillWork

@@ -1,4 +1,7 @@
-"""Settings of the prefill workers."""
+"""Settings of the prefill workers.
+
+Covers: queueing, waiting, the warm-up. Does not cover: the engine (`kvstore.engine.settings`).
+"""
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 

@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry
 
 from kvstore.engine.serving import Gate
 from kvstore.engine.settings import EngineSettings
-from kvstore.engine.worker import EnginePlace, Worker, WorkerPlace, leave_process
+from kvstore.engine.worker import Worker, WorkerPlace, leave_process
 from kvstore.interfaces import StoreClient
 from kvstore.wire import Role
 from prefill_workers.app import PrefillEngine, PrefillService, build_app
@@ -23,8 +23,8 @@ async def start_prefill_worker(
     engine: EngineSettings,
     *,
     place: WorkerPlace,
-    engine_place: EnginePlace,
     store: StoreClient,
+    store_socket: str,
     leave: Callable[[], None] = leave_process,
 ) -> Worker:
     """Start a prefill replica; it is warm and serves when this returns.
@@ -33,8 +33,8 @@ async def start_prefill_worker(
         settings: The role's settings.
         engine: The engine's settings. For vLLM, `kvstore.engine.build.engine_environment` is already set.
         place: Where the worker runs.
-        engine_place: Where its engine finds model and store.
         store: This process' client of the node store; closed with the worker.
+        store_socket: Where the engine's own processes find the node store.
         leave: Ends the process once the engine is dead.
 
     Raises:
@@ -51,7 +51,9 @@ async def start_prefill_worker(
             # Here and not above: vLLM is heavy, and reads its environment when it is imported.
             from prefill_workers.engine import start_vllm
 
-            started, registry = await start_vllm(settings, engine, place=engine_place, store=store, resources=resources)
+            started, registry = await start_vllm(
+                settings, engine, store=store, store_socket=store_socket, resources=resources
+            )
         worker = assemble(
             started, registry=registry, settings=settings, place=place, store=store, resources=resources, leave=leave
         )

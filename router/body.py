@@ -217,7 +217,11 @@ def _common_opaque(body: Mapping[str, Any]) -> OpaqueReason | None:
         ("mm_processor_kwargs", OpaqueReason.MULTIMODAL),
         ("media_io_kwargs", OpaqueReason.MULTIMODAL),
     )
-    return next((reason for name, reason in checks if body.get(name) not in (None, False)), None)
+    for name, reason in checks:
+        # By identity: 0 is a value here.
+        if (value := body.get(name)) is not None and value is not False:
+            return reason
+    return None
 
 
 def _template_variables(body: Mapping[str, Any]) -> dict[str, Any]:

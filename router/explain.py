@@ -1,4 +1,7 @@
-"""A decision in words and numbers, for `POST /v1/plan` and `learnonce explain`. No token ids, no prompt text."""
+"""A decision in words and numbers, for `POST /v1/plan` and `learnonce explain`.
+
+Covers: the JSON that is shown. Does not cover: deciding (`router.policy`). Never token ids, never prompt text.
+"""
 
 from typing import Any
 

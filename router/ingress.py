@@ -11,7 +11,8 @@ import logging
 import os
 import re
 import uuid
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from contextlib import asynccontextmanager
 from typing import Any, Final
 
 from fastapi import FastAPI, Request, Response
@@ -37,14 +38,23 @@ Answering = Callable[[Send], Awaitable[StreamEnd]]
 
 
 def build_app(service: RouterService, *, api_keys: frozenset[str] | None = None) -> FastAPI:
-    """The application. The caller starts and stops the service.
+    """The application; its ASGI lifespan starts and stops the service.
 
     Args:
         service: The router behind the routes.
         api_keys: Accepted bearer keys; None reads them from the environment, empty lets everyone in.
     """
     keys = _keys_from_environment() if api_keys is None else api_keys
-    app = FastAPI(title="learnonce", docs_url=None, redoc_url=None, openapi_url=None)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        await service.start()
+        try:
+            yield
+        finally:
+            await service.stop()
+
+    app = FastAPI(title="learnonce", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
     _add_generation(app, service)
     _add_information(app, service)
     _add_learning(app, service)
@@ -103,6 +113,7 @@ def _add_information(app: FastAPI, service: RouterService) -> None:
             "ready": not waiting_for,
             "waiting_for": waiting_for,
             "replicas": {role.value: len(service.membership.ready(role)) for role in Role},
+            "workers": service.membership.listing(),
             "chunks_known": len(service.directory),
         }
         return _json(state, status=503 if waiting_for else 200)

@@ -7,7 +7,7 @@ Does not cover: how reports are fetched (`router.actor`), when rounds run (`rout
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from kvstore.keys import KvScope
 from kvstore.wire import Role, StoreEndpoint, WorkerReport
@@ -95,6 +95,20 @@ class Membership:
     def known(self, role: Role) -> list[WorkerReport]:
         """Latest reports of all replicas, suspects and draining ones included."""
         return [member.report for _, member in sorted(self._members[role].items())]
+
+    def listing(self) -> list[dict[str, Any]]:
+        """Every known worker in plain values, for `/ready` and `learnonce status`."""
+        return [
+            {
+                "role": role.value,
+                "replica_id": replica_id,
+                "state": "draining" if member.report.draining else "ready" if member.suspected_s is None else "suspect",
+                "running_requests": member.report.running_requests,
+                "store_epoch": member.report.store.epoch if member.report.store else None,
+            }
+            for role, members in self._members.items()
+            for replica_id, member in sorted(members.items())
+        ]
 
     def facts(self) -> ServingFacts | None:
         """What the ready decode replicas agree on; None without any.

@@ -45,7 +45,7 @@ PLAN_SECONDS: Final = histogram(
 )
 FALLBACKS_TOTAL: Final = counter(
     "learnonce_router_fallbacks_total",
-    "Another way was taken, by cause: connect, died, refused (a 503), no_prefill (wanted remote, went local)",
+    "Another way was taken, by cause: connect, died, refused (a 503), expired, no_prefill (wanted remote)",
     labels=("cause",),
     when_it_moves="`connect` and `died`: look at that replica's log. `no_prefill`: prefill is absent or overloaded.",
 )

@@ -5,6 +5,7 @@ Does not cover: which replica (`router.policy`), trying the next one (`router.se
 """
 
 import asyncio
+import io
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
 from contextlib import suppress
@@ -26,6 +27,7 @@ _FORWARDED: Final = ("accept", "accept-language", "content-type", "traceparent",
 _RETURNED: Final = ("content-type", "retry-after", "cache-control", "x-learnonce-served-as")
 """Answer headers that the client sees, besides every other `x-learnonce-*` one."""
 _RETURNED_PREFIX: Final = "x-learnonce-"
+_LARGE_BODY_BYTES: Final = 1 << 20
 
 
 def forwarded_headers(client: Mapping[str, str], own: Mapping[str, str]) -> dict[str, str]:
@@ -123,7 +125,9 @@ class ReplicaClient:
 
     async def _open(self, peer: Peer, path: str, body: bytes, headers: Mapping[str, str]) -> Upstream:
         # A connect timeout of aiohttp is a ClientError, so the next replica is tried.
-        response = await self._opened().post(peer.url + path, data=body, headers=dict(headers))
+        # A file-like body is written piece by piece; large bytes at once would hold up the event loop.
+        data = io.BytesIO(body) if len(body) > _LARGE_BODY_BYTES else body
+        response = await self._opened().post(peer.url + path, data=data, headers=dict(headers))
         try:
             is_stream = response.content_type == "text/event-stream"
             first = await (response.content.readany() if is_stream else self._read_all(response))

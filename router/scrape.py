@@ -6,7 +6,9 @@ Does not cover: which metrics exist.
 
 import asyncio
 import logging
+import re
 from collections.abc import Iterable, Sequence
+from typing import Final
 
 from prometheus_client import generate_latest
 
@@ -17,9 +19,14 @@ from router.relay import ReplicaClient
 
 log = logging.getLogger(__name__)
 
+_SAMPLE: Final = re.compile(r"([A-Za-z_:][A-Za-z0-9_:]*)(?:\{(.*)\})? +([0-9.eE+-]+|NaN|[+-]Inf)( -?[0-9]+)?")
+
 
 class Families:
-    """Metric families in text form, merged from several pages. Help and type come from the first page."""
+    """Metric families in text form, merged from several pages. Help and type come from the first page.
+
+    Lines that are no samples are left out: one broken page must not make the whole page unreadable.
+    """
 
     def __init__(self) -> None:
         self._comments: dict[str, list[str]] = {}
@@ -37,7 +44,9 @@ class Families:
                 if fresh:
                     self._comments.setdefault(name, []).append(line)
             elif line and not line.startswith("#"):
-                self._samples.setdefault(family, []).append(_labelled(line, labels))
+                sample = _labelled(line, labels)
+                if sample is not None:
+                    self._samples.setdefault(family, []).append(sample)
 
     def render(self) -> bytes:
         """All families as one page."""
@@ -74,10 +83,10 @@ def _label_text(labels: Iterable[tuple[str, str]]) -> str:
     return ",".join(f'{name}="{value}"' for name, value in escaped)
 
 
-def _labelled(sample: str, labels: str) -> str:
-    if not labels:
-        return sample
-    brace, space = sample.find("{"), sample.find(" ")
-    if 0 <= brace < space:
-        return f"{sample[: brace + 1]}{labels},{sample[brace + 1 :]}".replace(",}", "}", 1)
-    return f"{sample[:space]}{{{labels}}}{sample[space:]}"
+def _labelled(sample: str, labels: str) -> str | None:
+    match = _SAMPLE.fullmatch(sample)
+    if match is None:
+        return None
+    name, own, value, _ = match.groups()
+    both = ",".join(part for part in (labels, own) if part)
+    return f"{name}{{{both}}} {value}" if both else f"{name} {value}"

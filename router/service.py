@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from cluster.clock import Clock, SystemClock
 from kvstore.wire import PLAN_HEADER, REQUEST_ID_HEADER, Role
@@ -29,6 +29,9 @@ from router.settings import RouterSettings
 from router.tokenizer import PromptTokenizer
 
 log = logging.getLogger(__name__)
+
+_PLAN_EXPIRED: Final = 409
+"""What a decode replica answers to a plan that was true once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -211,6 +214,11 @@ class RouterService:
         if upstream.status == 503:
             upstream.close()
             self._suspect(peer.replica_id, "refused", None)
+            return None
+        if upstream.status == _PLAN_EXPIRED:
+            # The plan waited too long on its way (a body that is slow to arrive): the next one is fresh.
+            upstream.close()
+            FALLBACKS_TOTAL.labels("expired").inc()
             return None
         return upstream
 

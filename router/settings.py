@@ -7,7 +7,7 @@ Does not cover: where the model is or what it is called (`cluster.settings`), AP
 
 from typing import Self
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from cluster.settings_base import SettingsBase
 
@@ -82,8 +82,6 @@ class DeadlineSettings(SettingsBase):
     """Asking all workers of one role for their reports."""
     metrics_s: PositiveFloat = 2.0
     """Collecting the replicas' metric pages."""
-    drain_s: NonNegativeFloat = 10.0
-    """Closing feeds and connections at shutdown."""
 
 
 class LimitSettings(SettingsBase):

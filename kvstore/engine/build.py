@@ -163,7 +163,8 @@ def build_engine_args(
     from vllm.config import KVTransferConfig  # settings are checked without paying for vLLM
     from vllm.engine.arg_utils import AsyncEngineArgs
 
-    plan = resolve(settings, facts or machine_facts())
+    # Cores are the environment's business, and this replica's rank is not known here.
+    plan = resolve(settings.model_copy(update={"cpus": ()}), facts or machine_facts())
     transfer: dict[str, Any] = {"settings": settings.connector.model_dump(), "role": role.value}
     transfer |= {"store_socket": store_socket} if store_socket is not None else {}
     transfer |= {"store": store} if store is not None else {}

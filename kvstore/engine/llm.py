@@ -11,16 +11,17 @@ import uuid
 from typing import Final
 
 from vllm import SamplingParams, TokensPrompt
-from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.v1.engine.async_llm import AsyncLLM
 
+from kvstore.engine.build import build_engine_args
 from kvstore.engine.paging import UnsupportedLayoutError
 from kvstore.engine.params import build_transfer_params
 from kvstore.engine.scope import kv_scope
+from kvstore.engine.settings import EngineSettings
 from kvstore.engine.worker import kill_children
 from kvstore.interfaces import StoreClient
 from kvstore.keys import KvScope, child_key, root_key
-from kvstore.wire import Span, SpanKind
+from kvstore.wire import Role, Span, SpanKind
 
 logger = logging.getLogger(__name__)
 
@@ -32,13 +33,23 @@ _WARMUP_LOADS: Final = 2
 class LlmEngine:
     """An `AsyncLLM` behind the `WorkerEngine` protocol."""
 
-    def __init__(self, args: AsyncEngineArgs, *, client: type[AsyncLLM] = AsyncLLM) -> None:
+    def __init__(
+        self, settings: EngineSettings, *, role: Role, store_socket: str, client: type[AsyncLLM] = AsyncLLM
+    ) -> None:
         """Start the engine. Call it in the event loop that will use it; it blocks for as long as the model loads.
 
         Args:
-            args: From `kvstore.engine.build`, whose environment is already set.
+            settings: The engine's; `kvstore.engine.build.engine_environment` is already set.
+            role: What the worker does.
+            store_socket: Where the engine's own processes find the node store.
             client: The class of the engine's client.
+
+        Raises:
+            SettingsError: vLLM cannot run with these settings.
         """
+        # The environment has bound this process to its cores, so cores are no question any more.
+        unbound = settings.model_copy(update={"cpus": ()})
+        args = build_engine_args(unbound, role=role, store_socket=store_socket)
         self.llm = client.from_engine_args(args)
         config = self.llm.vllm_config
         served = config.model_config.served_model_name

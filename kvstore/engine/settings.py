@@ -94,7 +94,7 @@ class EngineSettings(SettingsBase):
     """Seed of sampling without a seed of its own."""
     connector: ConnectorSettings = ConnectorSettings()
     """Exchange of KV with the store."""
-    vllm_arguments: dict[str, Any] = {}
+    vllm_arguments: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of vLLM's engine, passed as they are; those set by settings above are refused."""
 
     @field_validator("vllm_arguments")

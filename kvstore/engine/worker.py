@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 
 import psutil
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat
 from starlette.types import ASGIApp
 
 from cluster.clock import Clock, SystemClock
@@ -41,13 +41,7 @@ class WorkerRuntime(SettingsBase):
     runtime_dir: str
     """Folder on this node for sockets and other files that die with the cluster."""
     bind_host: str = "127.0.0.1"
-    """Address of this node that other workers reach; the worker's HTTP port is bound to it."""
-    model_path: str | None = None
-    """Folder or id that the engine loads; None takes `engine.model` as it is."""
-    first_rank: NonNegativeInt = 0
-    """Rank of this role's first replica among all engines of a node; cores are shared out by rank."""
-    engines_per_node: PositiveInt = 1
-    """Engines of all roles that share a node's cores."""
+    """Address of this node that other workers reach; ports are bound to it. 0.0.0.0 takes Ray's address of the node."""
     log_level: str = "INFO"
     """Level of this project's loggers."""
     log_json: bool = False
@@ -118,16 +112,6 @@ class WorkerPlace:
     secret: bytes
     find_store: Callable[[], Awaitable[StoreEndpoint | None]]
     """Asks for the node store's address, which changes when the store is replaced."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EnginePlace:
-    """Where a vLLM engine finds what it needs."""
-
-    store_socket: str
-    """Unix socket of the node store, for the engine's own processes."""
-    model_path: str | None = None
-    """Folder or id that vLLM loads; None takes `engine.model` as it is."""
 
 
 class EngineGoneError(UnavailableError):

@@ -78,6 +78,8 @@ class WorkerSide:
         self._block_size = block_size
         self._tally = tally
         self._store = StoreConnection(extra)
+        self.blocks: PagedKv | None = None
+        """The engine's blocks, once registered and understood."""
         self._loader: Loader | None = None
         self._saver: Saver | None = None
         self._finished: set[str] = set()
@@ -89,6 +91,7 @@ class WorkerSide:
             blocks = PagedKv(layers, block_size=self._block_size)
         except UnsupportedLayoutError as error:
             return str(error)
+        self.blocks = blocks
         touched_bytes = blocks.pretouch()
         logger.info("event=kv_registered layers=%d pretouched_bytes=%d", len(layers), touched_bytes)
         self._loader = Loader(

@@ -1,4 +1,7 @@
-"""Deterministic keys, metadata and payloads for tests."""
+"""Deterministic keys, metadata and payloads for tests.
+
+Covers: chunks as a store sees them. Does not cover: payloads that decode to KV (`kvstore.codecs`).
+"""
 
 import hashlib
 

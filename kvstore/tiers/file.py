@@ -205,7 +205,7 @@ class FileTier:
             self._write_file(self._path(key), record)
         except OSError as error:
             self._write_breaker.record_failure(now_s=self._clock.now_s())
-            log.warning("file_tier_write_failed key=%s error=%s", short(key), error)
+            log.warning("file_tier_write_failed key=%s error=%s", short(key), str(error))
             with self._lock:
                 self._writing_bytes -= header.stored_bytes
             return "error"
@@ -250,7 +250,8 @@ class FileTier:
             return entry is not None
 
     def _note_failed_read(self, key: ChunkKey, error: Exception) -> None:
-        log.warning("file_tier_read_failed key=%s error=%s", short(key), error)
+        # Not the error itself: its traceback holds views of the buffer, and a log handler may keep it.
+        log.warning("file_tier_read_failed key=%s error=%s", short(key), str(error))
         is_gone = isinstance(error, FileNotFoundError)
         is_broken = isinstance(error, DataError) or (isinstance(error, OSError) and error.errno in _BROKEN_FILE_ERRNOS)
         if isinstance(error, OSError) and not is_gone:
@@ -353,7 +354,9 @@ class _AlignedBuffer:
 
     def __exit__(self, *_: object) -> None:
         self._view.release()
-        self._pages.close()
+        # An error on its way up still refers to slices of the view: the pages go with it.
+        with suppress(BufferError):
+            self._pages.close()
 
 
 def _write_all(fd: int, record: memoryview, *, is_direct: bool) -> None:

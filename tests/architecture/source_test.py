@@ -6,11 +6,13 @@ Does not cover: style that ruff checks, types, imports (`imports_test.py`).
 
 import ast
 import re
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("cluster", "router", "prefill_workers", "decode_workers", "kvstore", "loadtest")
@@ -21,8 +23,8 @@ LARGER: dict[str, str] = {}
 """Files or `file:function` that may be larger, with the reason. Empty, and meant to stay so."""
 DOCSTRING_SAYS_ALL = ("__init__.py", "errors.py", "metrics.py")
 """Modules whose whole content is one list: their docstring needs no list of what they cover."""
-POLLING_HELPERS = ("eventually", "wait_until", "wait_for")
-"""Functions in tests that may wait between two looks, always under a deadline."""
+POLLING_HELPERS = ("wait", "until", "eventually", "poll")
+"""How names of functions begin that may pause between two looks, in a loop under a deadline."""
 PICKLES = {"pickle", "cloudpickle", "dill", "marshal", "shelve"}
 
 
@@ -122,12 +124,14 @@ def test_nothing_unpickles(path: Path) -> None:
 
 @pytest.mark.parametrize("path", sources("tests"), ids=relative)
 def test_tests_do_not_sleep(path: Path) -> None:
-    """Tests move a `ManualClock`, or look again and again until a deadline, in a helper of one of three names."""
+    """Tests move a `ManualClock`, or look again and again until a deadline, in a loop of a helper for that."""
     allowed = {
         call.lineno
         for function in functions(path)
         if function.name.strip("_").startswith(POLLING_HELPERS)
-        for call in calls(function)
+        for loop in ast.walk(function)
+        if isinstance(loop, ast.While)
+        for call in calls(loop)
     }
     sleeps = [
         call.lineno
@@ -154,10 +158,21 @@ def test_every_environment_variable_is_documented() -> None:
     used = {
         name
         for path in sources(*ROOMS)
-        for name in re.findall(r"LEARNONCE_[A-Z_]*[A-Z]", path.read_text(encoding="utf-8"))
+        for name in re.findall(r"LEARNONCE_(?!TEST_)[A-Z_]*[A-Z]", path.read_text(encoding="utf-8"))
     }
     assert used
     assert not {name for name in used if f"`{name}`" not in page}
+
+
+def test_hooks_run_what_the_environment_has() -> None:
+    """Commits need no network: every hook is a tool of the project's own environment."""
+    config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
+    assert [repo["repo"] for repo in config["repos"]] == ["local"]
+    entries = [hook["entry"].split()[0] for hook in config["repos"][0]["hooks"]]
+    assert all(entry.startswith(".venv/bin/") for entry in entries)
+    missing = [entry for entry in entries if not Path(sys.executable).with_name(Path(entry).name).exists()]
+    assert entries
+    assert not missing
 
 
 def test_decision_records_are_numbered_without_gaps() -> None:

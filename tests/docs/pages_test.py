@@ -12,10 +12,13 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 import pytest
@@ -120,17 +123,40 @@ def test_shell_blocks_name_commands_that_exist(block: Block) -> None:
         return
     commands = list(_commands(block.text))
     assert commands
-    wrong = [
-        command for command in commands if (problem := _problem(command)) and print(f"{command}: {problem}") is None
+    assert [f"{command}: {problem}" for command in commands if (problem := _problem(command))] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=relative)
+def test_commands_in_the_text_exist(page: Path) -> None:
+    """`make test` and `learnonce up` in running text are checked like those in blocks."""
+    commands = [
+        child.content
+        for token in MarkdownIt("commonmark").enable("table").parse(page.read_text(encoding="utf-8"))
+        for child in token.children or ()
+        if child.type == "code_inline" and re.match(r"(make|learnonce) [a-z]", child.content)
     ]
-    assert wrong == []
+    assert [f"{command}: {problem}" for command in commands if (problem := _problem(command))] == []
 
 
 def _commands(text: str) -> Iterator[str]:
+    """Commands of a block: one per line, unless a quote or a backslash carries it on."""
+    command = ""
     for line in text.replace("\\\n", " ").splitlines():
-        command = line.removeprefix("$ ").strip()
-        if command and not command.startswith("#"):
+        command = f"{command}\n{line}" if command else line.removeprefix("$ ").strip()
+        if not command or command.startswith("#"):
+            command = ""
+        elif _is_complete(command):
             yield command
+            command = ""
+    assert not command, f"a quote stays open: {command}"
+
+
+def _is_complete(command: str) -> bool:
+    try:
+        shlex.split(command, comments=True)
+    except ValueError:
+        return False
+    return True
 
 
 def _problem(command: str) -> str | None:
@@ -152,8 +178,19 @@ def _targets() -> set[str]:
     return set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
 
 
+@cache
+def _command_line() -> Any:
+    """`learnonce` with the groups that pyproject.toml declares, installed or not."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    command: Any = get_command(cli.app)
+    for name, target in project["entry-points"]["learnonce.commands"].items():
+        module, _, group = target.partition(":")
+        command.commands[name] = get_command(getattr(importlib.import_module(module), group))
+    return command
+
+
 def _unknown_command(words: list[str]) -> str | None:
-    command = get_command(cli.app)
+    command = _command_line()
     while words and hasattr(command, "commands") and words[0] in command.commands:
         command, words = command.commands[words[0]], words[1:]
     if hasattr(command, "commands") and words and not words[0].startswith("-"):
@@ -200,7 +237,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def _links(page: Path) -> Iterator[str]:
-    for token in MarkdownIt("commonmark").parse(page.read_text(encoding="utf-8")):
+    for token in MarkdownIt("commonmark").enable("table").parse(page.read_text(encoding="utf-8")):
         for child in token.children or ():
             target = child.attrGet("href") or child.attrGet("src")
             if isinstance(target, str) and not re.match(r"[a-z]+:", target):

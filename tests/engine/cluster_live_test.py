@@ -166,5 +166,5 @@ def all_ready(cluster):
     ready = cluster.ready()
     if not ready:
         return False
-    states = {(r["role"], r["state"]) for r in ready["replicas"] if r["store"]}
+    states = {(worker["role"], worker["state"]) for worker in ready["workers"] if worker["store_epoch"]}
     return states == {("prefill", "ready"), ("decode", "ready")}

@@ -82,8 +82,8 @@ def test_explain_tells_learned_from_unknown(cluster, tmp_path):
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     passages = [line for line in lines if line.strip().startswith("passage")]
-    assert passages[0].endswith("held  known")
-    assert passages[1].endswith("0 held  unknown")
+    assert passages[0].split()[-2:] == ["held", "known"]
+    assert passages[1].split()[-2:] == ["unknown", "unknown"]
     assert any("uncached" in line for line in lines), "the reasons are given"
 
 

@@ -1,0 +1,115 @@
+"""The Serve application: which deployments there are, and what each is given.
+
+Covers: the graph of router, decode and prefill deployments. Does not cover: when it is deployed or stopped
+(`cluster.lifecycle`), what the deployments do (`*.actor`).
+"""
+
+import os
+from dataclasses import dataclass
+from typing import Any, Final
+
+from ray import serve
+from ray.serve import Application
+
+from cluster.local import SECRET_VARIABLE
+from cluster.resolve import role_engines
+from cluster.settings import Settings
+from decode_workers.actor import DecodeWorker
+from kvstore.engine.settings import EngineSettings
+from kvstore.engine.worker import WorkerRuntime
+from prefill_workers.actor import PrefillWorker
+from router.actor import RouterIngress
+
+APP_NAME: Final = "learnonce"
+RAY_NAMESPACE: Final = "learnonce"
+_HEALTH_PERIOD_S: Final = 2.0
+_HEALTH_TIMEOUT_S: Final = 10.0
+_DRAIN_MARGIN_S: Final = 10.0
+"""On top of the drain: closing the engine's processes."""
+_MAX_ONGOING: Final = 1000
+"""Calls of Serve handles (reports); requests do not come this way."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Runtime:
+    """What is decided when the cluster starts, and no setting."""
+
+    runtime_dir: str
+    """Folder on every node for sockets and other files that die with the cluster."""
+    secret_hex: str
+    """Signs plans and opens the node stores."""
+
+
+def application(settings: Settings, runtime: Runtime) -> Application:
+    """The application, bound and ready to be run.
+
+    Args:
+        settings: Resolved settings (`cluster.resolve.resolve`).
+        runtime: Of this start.
+    """
+    prefill_engine, decode_engine = role_engines(settings, tuple(sorted(os.sched_getaffinity(0))))
+    place = WorkerRuntime(
+        namespace=RAY_NAMESPACE,
+        runtime_dir=runtime.runtime_dir,
+        bind_host=settings.cluster.host,
+        log_level=settings.log.level,
+        log_json=settings.log.json_lines,
+    )
+    store = settings.store
+    prefill = None
+    if settings.cluster.prefill_replicas:
+        prefill = _worker(PrefillWorker, "Prefill", settings, runtime, settings.cluster.prefill_replicas).bind(
+            settings.prefill, prefill_engine, store, runtime=place
+        )
+    decode = _worker(DecodeWorker, "Decode", settings, runtime, settings.cluster.decode_replicas).bind(
+        settings.decode, decode_engine, store, runtime=place
+    )
+    deployment: Any = RouterIngress  # Serve's decorator made a Deployment of the class
+    router = deployment.options(
+        ray_actor_options={"num_cpus": 0, **_environment(settings, runtime)}, **_times(settings)
+    )
+    bound: Application = router.bind(
+        settings.router, settings.engine.model, served_model_name(settings.engine), decode, prefill
+    )
+    return bound
+
+
+def served_model_name(engine: EngineSettings) -> str:
+    """The model's name in the API."""
+    return engine.noop.model if engine.kind == "noop" else (engine.served_model_name or engine.model)
+
+
+def _worker(worker: type, name: str, settings: Settings, runtime: Runtime, replicas: int) -> Any:
+    options: dict[str, Any] = {"num_cpus": 1, **_environment(settings, runtime)}
+    if settings.engine.kind == "vllm" and settings.engine.device != "cpu" and _has_gpus():
+        options["num_gpus"] = int(settings.engine.vllm_arguments.get("tensor_parallel_size", 1))
+    return serve.deployment(
+        worker,
+        name=name,
+        num_replicas=replicas,
+        max_ongoing_requests=_MAX_ONGOING,
+        ray_actor_options=options,
+        **_times(settings),
+    )
+
+
+def _times(settings: Settings) -> dict[str, float]:
+    return {
+        "health_check_period_s": _HEALTH_PERIOD_S,
+        "health_check_timeout_s": _HEALTH_TIMEOUT_S,
+        "graceful_shutdown_timeout_s": settings.cluster.drain_s + _DRAIN_MARGIN_S,
+        "graceful_shutdown_wait_loop_s": 0.5,
+    }
+
+
+def _environment(settings: Settings, runtime: Runtime) -> dict[str, Any]:
+    """The secret for processes that do not inherit it from the supervisor."""
+    if settings.cluster.address == "local":
+        return {}
+    return {"runtime_env": {"env_vars": {SECRET_VARIABLE: runtime.secret_hex}}}
+
+
+def _has_gpus() -> bool:
+    import ray
+
+    return bool(ray.cluster_resources().get("GPU"))

@@ -1,0 +1,287 @@
+"""The event stream: a snapshot, then every change; what is missed is noticed and made good."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+
+from kvstore.client import NodeStoreClient
+from kvstore.events import (
+    ChunkChange,
+    ChunkEvent,
+    DirectoryFeed,
+    EventPublisher,
+    FeedItem,
+    HeldChunk,
+    PortTakenError,
+    StoreLost,
+    StoreSnapshot,
+)
+from kvstore.node import NodeStore
+from kvstore.settings import FileTierSettings, StoreSettings
+from kvstore.testing.poll import wait_until
+from kvstore.testing.samples import sample_key
+from kvstore.testing.store_client import write_chunk
+from kvstore.wire import StoreEndpoint
+
+SECRET = b"a secret of a test cluster"
+DEADLINE_S = 10.0
+BEAT_S = 0.05
+
+
+class Node:
+    """A publisher over a dict of chunks, with a way to lose messages."""
+
+    def __init__(
+        self, *, epoch: str = "e1", ring: int = 100, ports: tuple[int | None, int | None] = (None, None)
+    ) -> None:
+        self.held: dict[bytes, HeldChunk] = {}
+        self.epoch = epoch
+        self.publisher = EventPublisher(
+            node_id="n1",
+            epoch=epoch,
+            secret=SECRET,
+            bind_host="127.0.0.1",
+            events_port=ports[0],
+            snapshot_port=ports[1],
+            ring_events=ring,
+            heartbeat_s=BEAT_S,
+            snapshot=lambda: tuple(self.held.values()),
+        )
+        self._send = self.publisher._send
+
+    @property
+    def endpoint(self) -> StoreEndpoint:
+        return StoreEndpoint(
+            node_id="n1",
+            epoch=self.epoch,
+            socket_path="",
+            events_address=self.publisher.events_address,
+            snapshot_address=self.publisher.snapshot_address,
+        )
+
+    @property
+    def ports(self) -> tuple[int, int]:
+        events, snapshot = (
+            int(address.rsplit(":", 1)[1])
+            for address in (self.publisher.events_address, self.publisher.snapshot_address)
+        )
+        return events, snapshot
+
+    def add(self, *indexes: int) -> None:
+        for index in indexes:
+            chunk = HeldChunk(sample_key(index), "host", 10, 1, "raw")
+            self.held[chunk.key] = chunk
+            self.publisher.publish(ChunkChange.ADDED, chunk)
+
+    def drop(self, index: int) -> None:
+        self.publisher.publish(ChunkChange.DROPPED, self.held.pop(sample_key(index)))
+
+    def lose_messages(self) -> None:
+        self.publisher._send = lambda events: None  # type: ignore[method-assign]
+
+    def send_again(self) -> None:
+        self.publisher._send = self._send  # type: ignore[method-assign]
+
+
+class Reader:
+    """Folds a feed into a set of keys, as a router does."""
+
+    def __init__(self, feed: DirectoryFeed) -> None:
+        self.items: list[FeedItem] = []
+        self.keys: set[bytes] = set()
+        self._feed = feed.items()
+
+    async def next(self) -> FeedItem:
+        async with asyncio.timeout(DEADLINE_S):
+            item = await anext(self._feed)
+        self.items.append(item)
+        match item:
+            case StoreSnapshot():
+                self.keys = {chunk.key for chunk in item.chunks}
+            case StoreLost():
+                self.keys = set()
+            case ChunkEvent(change=ChunkChange.DROPPED):
+                self.keys.discard(item.key)
+            case ChunkEvent():
+                self.keys.add(item.key)
+        return item
+
+    async def until(self, is_true: Callable[[], bool]) -> None:
+        while not is_true():
+            await self.next()
+
+    async def close(self) -> None:
+        await self._feed.aclose()  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+async def node() -> AsyncIterator[Node]:
+    node = Node()
+    yield node
+    await node.publisher.stop()
+
+
+async def test_snapshot_then_changes_in_order(node: Node) -> None:
+    node.add(1, 2)
+    async with DirectoryFeed(node.endpoint, secret=SECRET) as feed:
+        reader = Reader(feed)
+        first = await reader.next()
+        assert isinstance(first, StoreSnapshot)
+        assert (first.node_id, first.epoch, first.seq) == ("n1", "e1", 2)
+        node.add(3)
+        node.drop(1)
+        await reader.until(lambda: len(reader.items) == 3)
+        changes = [(i.change, i.key, i.seq) for i in reader.items if isinstance(i, ChunkEvent)]
+        assert changes == [
+            (ChunkChange.ADDED, sample_key(3), 3),
+            (ChunkChange.DROPPED, sample_key(1), 4),
+        ]
+        assert reader.keys == set(node.held)
+        await reader.close()
+
+
+async def test_lost_messages_are_replayed_in_order(node: Node) -> None:
+    async with DirectoryFeed(node.endpoint, secret=SECRET) as feed:
+        reader = Reader(feed)
+        await reader.next()
+        node.lose_messages()
+        node.add(1, 2, 3)
+        node.drop(2)
+        node.send_again()
+        # The next heartbeat tells that events are missing.
+        await reader.until(lambda: len(reader.items) == 5)
+        assert [i.seq for i in reader.items if isinstance(i, ChunkEvent)] == [1, 2, 3, 4]
+        assert reader.keys == {sample_key(1), sample_key(3)}
+        await reader.close()
+
+
+async def test_more_lost_than_the_ring_keeps_gives_a_snapshot() -> None:
+    node = Node(ring=3)
+    async with DirectoryFeed(node.endpoint, secret=SECRET) as feed:
+        reader = Reader(feed)
+        await reader.next()
+        node.lose_messages()
+        node.add(*range(10))
+        node.send_again()
+        assert isinstance(await reader.next(), StoreSnapshot)
+        assert reader.keys == set(node.held)
+        node.add(99)
+        await reader.next()
+        assert reader.keys == set(node.held)
+        await reader.close()
+    await node.publisher.stop()
+
+
+async def test_slow_subscriber_catches_up(node: Node) -> None:
+    async with DirectoryFeed(node.endpoint, secret=SECRET, queued_messages=2) as feed:
+        reader = Reader(feed)
+        await reader.next()
+        node.add(*range(3000))
+        for index in range(0, 3000, 2):
+            node.drop(index)
+        await reader.until(lambda: reader.keys == set(node.held))
+        await reader.close()
+
+
+async def test_restarted_store_is_a_new_epoch() -> None:
+    old = Node(epoch="e1")
+    old.add(1)
+    ports = old.ports
+    async with DirectoryFeed(old.endpoint, secret=SECRET, silence_s=10.0) as feed:
+        reader = Reader(feed)
+        await reader.next()
+        await old.publisher.stop()
+        new = Node(epoch="e2", ports=ports)
+        new.add(2)
+        item = await reader.next()
+        assert isinstance(item, StoreSnapshot)
+        assert item.epoch == "e2"
+        assert reader.keys == {sample_key(2)}
+        await reader.close()
+    await new.publisher.stop()
+
+
+async def test_silent_store_is_lost_once_and_found_again() -> None:
+    node = Node()
+    node.add(1)
+    ports = node.ports
+    async with DirectoryFeed(node.endpoint, secret=SECRET, silence_s=0.3, answer_s=0.3) as feed:
+        reader = Reader(feed)
+        await reader.next()
+        await node.publisher.stop()
+        assert await reader.next() == StoreLost(node_id="n1", epoch="e1")
+        waiting = asyncio.create_task(reader.next())
+        done, _ = await asyncio.wait({waiting}, timeout=1.0)
+        assert not done, "a store is lost once"
+        again = Node(ports=ports)
+        again.add(2)
+        assert isinstance(await waiting, StoreSnapshot)
+        assert reader.keys == {sample_key(2)}
+        await reader.close()
+    await again.publisher.stop()
+
+
+async def test_stranger_gets_nothing_and_is_not_believed(node: Node) -> None:
+    node.add(1)
+    async with DirectoryFeed(node.endpoint, secret=b"another cluster's secret", answer_s=0.3) as feed:
+        waiting = asyncio.create_task(Reader(feed).next())
+        done, _ = await asyncio.wait({waiting}, timeout=1.0)
+        assert not done
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+
+
+async def test_taken_port_says_so(node: Node) -> None:
+    with pytest.raises(PortTakenError, match=f"127.0.0.1:{node.ports[0]}"):
+        Node(ports=node.ports)
+
+
+async def test_store_announces_what_its_tiers_do(tmp_path: Path) -> None:
+    settings = StoreSettings(
+        host_bytes=1 << 20,
+        file=FileTierSettings(folder=str(tmp_path / "files"), capacity_bytes=2 << 20),
+        heartbeat_s=BEAT_S,
+    )
+    arguments = {"secret": SECRET, "node_id": "n1", "socket_path": str(tmp_path / "s"), "bind_host": "127.0.0.1"}
+    store = NodeStore(settings, **arguments)
+    endpoint = await asyncio.to_thread(store.start)
+    client = NodeStoreClient(endpoint.socket_path, secret=SECRET, client_name="test")
+    async with DirectoryFeed(endpoint, secret=SECRET) as feed:
+        reader = Reader(feed)
+        await reader.next()
+        await asyncio.to_thread(write_chunk, client, 1, 600_000)
+        event = await reader.next()
+        assert isinstance(event, ChunkEvent)
+        assert (event.change, event.tier, event.num_bytes, event.num_tokens) == ("added", "host", 600_000, 2)
+        # The arena holds one of them: the first moves to its file.
+        await asyncio.to_thread(_wait_for_file, client)
+        await asyncio.to_thread(write_chunk, client, 2, 600_000)
+        await reader.until(lambda: len(reader.items) == 4)
+        moves = {(i.change.value, i.key, i.tier) for i in reader.items if isinstance(i, ChunkEvent)}
+        assert moves >= {("moved", sample_key(1), "file"), ("added", sample_key(2), "host")}
+        await asyncio.to_thread(client.drop, [sample_key(1)], deadline_s=5.0)
+        await reader.until(lambda: reader.keys == {sample_key(2)})
+        await reader.close()
+    client.close()
+    await asyncio.to_thread(store.stop)
+    # After a restart the files are announced again, in another epoch.
+    again = NodeStore(settings, **arguments)
+    second = await asyncio.to_thread(again.start)
+    async with DirectoryFeed(second, secret=SECRET) as feed:
+        reader = Reader(feed)
+        item = await reader.next()
+        assert isinstance(item, StoreSnapshot)
+        assert item.epoch != endpoint.epoch
+        assert [(c.key, c.tier, c.num_tokens) for c in item.chunks] == [(sample_key(2), "file", 3)]
+        await reader.close()
+    await asyncio.to_thread(again.stop)
+
+
+def _wait_for_file(client: NodeStoreClient) -> None:
+    def is_written() -> bool:
+        stats = client.stat(deadline_s=1.0)
+        return stats is not None and stats.tiers["file"].chunks == 1
+
+    wait_until(is_written, what="the write behind")
