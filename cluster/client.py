@@ -65,14 +65,15 @@ def ask(
         extra["documents"] = list(documents)
     if cache_salt is not None:
         extra["cache_salt"] = cache_salt
-    began_s = time.perf_counter()
+    model = _first_model(url)
     first_s: float | None = None
     pieces: list[str] = []
     usage: Any = None
     try:
         with openai.OpenAI(base_url=f"{url}/v1", api_key=_api_key(), timeout=_TIMEOUT_S, max_retries=0) as client:
+            began_s = time.perf_counter()
             stream = client.chat.completions.create(
-                model=_first_model(url),
+                model=model,
                 messages=[{"role": "user", "content": question}],
                 max_completion_tokens=max_tokens,
                 temperature=0.0,

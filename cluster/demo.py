@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import Final
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -140,18 +141,17 @@ def _ask_twice(url: str, question: Question, console: Console) -> Row:
 
 def result_table(rows: Sequence[Row]) -> Table:
     """The table that the demo ends with."""
-    table = Table(title="\nTime to first token through the HTTP API", title_justify="left", show_lines=True)
-    for name in ("question", "prompt tokens", "reused", "TTFT cold", "TTFT warm", "speed-up", "answer (warm)"):
-        right = name not in ("question", "answer (warm)")
-        table.add_column(name, justify="right" if right else "left", overflow="fold", no_wrap=False)
+    table = Table(title="\nTime to first token (TTFT) through the HTTP API", title_justify="left", box=SIMPLE_HEAD)
+    table.add_column("question and answer", overflow="fold", ratio=1)
+    for name in ("prompt\ntokens", "tokens\nreused", "TTFT\ncold", "TTFT\nwarm", "speed-up"):
+        table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
-            escape(row.question.text),
+            f"{escape(row.question.text)}\n[italic]{escape(' '.join(row.warm.text.split()))}[/italic]",
             f"{row.warm.prompt_tokens:,}",
             f"{row.warm.cached_tokens:,}",
             f"{row.cold.ttft_s:.2f} s",
             f"{row.warm.ttft_s:.3f} s",
             f"{row.cold.ttft_s / row.warm.ttft_s:.0f} x",
-            escape(" ".join(row.warm.text.split())),
         )
     return table

@@ -163,6 +163,8 @@ class Supervisor:
         deadline.start()
         if ray.is_initialized():
             with contextlib.suppress(Exception):
+                # First the application: its replicas finish what they have while the proxy still carries it.
+                serve.delete(APP_NAME)
                 serve.shutdown()
                 stop_node_stores(namespace=RAY_NAMESPACE)
             ray.shutdown()

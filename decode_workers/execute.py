@@ -83,7 +83,11 @@ class PlanMiddleware:
         request.on_server_error = lambda: ENGINE_DEAD if self._engine_dead() else None
         timer = request.end_in(_bounded_s(plan.deadline_unix_s - self._check.now_unix_s()), _DEADLINE)
         try:
-            await self._generate(request, await self._execution(request, plan, header or ""))
+            execution = await self._execution(request, plan, header or "")
+            if not request.gone.is_set():
+                await self._generate(request, execution)
+            else:
+                await request.finish()
         finally:
             timer.cancel()
         if request.gone.is_set():

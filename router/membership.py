@@ -39,6 +39,16 @@ class _Member:
     report: WorkerReport
     reported_s: float
     suspected_s: float | None = None
+    """It failed a request then."""
+    silent: bool = False
+    """It was missing in the last round: gone, or too busy to answer in time."""
+
+    @property
+    def state(self) -> str:
+        """For people."""
+        if self.report.draining:
+            return "draining"
+        return "ready" if self.suspected_s is None and not self.silent else "suspect"
 
 
 class Membership:
@@ -46,7 +56,7 @@ class Membership:
 
     Guarantees:
         A suspect takes nothing until a report that was asked for after the suspicion.
-        A worker that is silent for `ttl_s`, or missing from a round that reached others, is gone.
+        A worker that was missing in the last round takes something only if no other can; after `ttl_s` it is gone.
     """
 
     def __init__(self, *, model: str, ttl_s: float) -> None:
@@ -55,11 +65,7 @@ class Membership:
         self._members: dict[Role, dict[str, _Member]] = {role: {} for role in Role}
 
     def apply_round(self, role: Role, reports: Sequence[WorkerReport], *, asked_s: float) -> None:
-        """Fold one round of reports that was asked for at `asked_s`.
-
-        A member that is missing in this round was not reached or is gone: it keeps its place until `ttl_s`, but as
-        a suspect.
-        """
+        """Fold one round of reports that was asked for at `asked_s`."""
         members = self._members[role]
         for report in reports:
             if report.model != self._model or report.role is not role:
@@ -71,8 +77,7 @@ class Membership:
             members[report.peer.replica_id] = _Member(report, asked_s, suspected_s)
         reported = {report.peer.replica_id for report in reports}
         for replica_id, member in members.items():
-            if replica_id not in reported and member.suspected_s is None:
-                member.suspected_s = asked_s
+            member.silent = replica_id not in reported
 
     def expire(self, now_s: float) -> None:
         """Forget workers that have been silent for too long."""
@@ -88,9 +93,11 @@ class Membership:
 
     def ready(self, role: Role) -> list[WorkerReport]:
         """Latest reports of the replicas that may take requests, by replica id."""
-        members = self._members[role]
-        usable = (m.report for _, m in sorted(members.items()) if m.suspected_s is None and not m.report.draining)
-        return list(usable)
+        members = [member for _, member in sorted(self._members[role].items())]
+        usable = [member for member in members if member.suspected_s is None and not member.report.draining]
+        # One late report of a busy worker must not turn its cluster away: prefer the others, if there are any.
+        heard = [member for member in usable if not member.silent]
+        return [member.report for member in heard or usable]
 
     def known(self, role: Role) -> list[WorkerReport]:
         """Latest reports of all replicas, suspects and draining ones included."""
@@ -102,7 +109,7 @@ class Membership:
             {
                 "role": role.value,
                 "replica_id": replica_id,
-                "state": "draining" if member.report.draining else "ready" if member.suspected_s is None else "suspect",
+                "state": member.state,
                 "running_requests": member.report.running_requests,
                 "store_epoch": member.report.store.epoch if member.report.store else None,
             }

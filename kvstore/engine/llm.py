@@ -127,6 +127,7 @@ async def _generate(engine: LlmEngine, prompt: list[int], *, load: tuple[Span, .
     # A salt of its own, or vLLM's prefix cache would answer the second time.
     inputs = TokensPrompt(prompt_token_ids=prompt, cache_salt=name)
     reused = 0
-    async for output in engine.llm.generate(inputs, params, name):
+    # Not the client's own method, which in the decode role lets plans only name chunks.
+    async for output in AsyncLLM.generate(engine.llm, inputs, params, name):
         reused = output.num_cached_tokens or 0
     return reused

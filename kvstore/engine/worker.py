@@ -31,6 +31,7 @@ SECRET_VARIABLE: Final = "LEARNONCE_CLUSTER_SECRET"
 EXIT_ENGINE_DEAD: Final = 70
 """Exit status of a worker whose engine died (EX_SOFTWARE)."""
 _KILL_WAIT_S: Final = 2.0
+_RESOURCE_TRACKER: Final = "multiprocessing.resource_tracker"
 
 
 class WorkerRuntime(SettingsBase):
@@ -142,14 +143,19 @@ def cluster_secret() -> bytes:
 
 
 def kill_children() -> None:
-    """Kill every process that this one has started, and theirs: an engine leaves none behind."""
-    children = psutil.Process().children(recursive=True)
-    for child in children:
+    """Kill every process that this one has started, and theirs: an engine leaves none behind.
+
+    Python's resource tracker is spared: it removes shared memory that the killed ones left, and then ends by itself.
+    """
+    killed: list[psutil.Process] = []
+    for child in psutil.Process().children(recursive=True):
         try:
-            child.kill()
+            if _RESOURCE_TRACKER not in " ".join(child.cmdline()):
+                child.kill()
+                killed.append(child)
         except psutil.NoSuchProcess:
             continue
-    psutil.wait_procs(children, timeout=_KILL_WAIT_S)
+    psutil.wait_procs(killed, timeout=_KILL_WAIT_S)
 
 
 def leave_process() -> None:

@@ -99,10 +99,9 @@ def test_a_killed_process_is_replaced_without_a_person(cluster, title):
 
 def _all_ready(cluster):
     ready = cluster.ready()
-    return ready and {r["role"] for r in ready["replicas"] if r["state"] == "ready" and r["store"]} == {
-        "prefill",
-        "decode",
-    }
+    if not ready:
+        return False
+    return {w["role"] for w in ready["workers"] if w["state"] == "ready" and w["store_epoch"]} == {"prefill", "decode"}
 
 
 def test_metrics_of_every_process_on_one_page(cluster):

@@ -4,23 +4,30 @@ import asyncio
 import os
 import signal
 import time
+import warnings
 
 import aiohttp
 import psutil
 import pytest
-import ray
-from ray import serve
 from support.workers import SECRET, Pair, eventually, make_plan, noop_settings, remote
 
-from decode_workers.actor import DecodeWorker
 from decode_workers.settings import DecodeSettings
-from kvstore.actor import node_store_endpoint, stop_node_stores
 from kvstore.client import NodeStoreClient
 from kvstore.engine.worker import SECRET_VARIABLE, WorkerRuntime
 from kvstore.settings import StoreSettings
 from kvstore.wire import Role, WorkerReport
-from prefill_workers.actor import PrefillWorker
 from prefill_workers.settings import PrefillSettings
+
+with warnings.catch_warnings():
+    # Ray 2.60 is imported with what pydantic calls deprecated.
+    warnings.simplefilter("ignore")
+    import ray
+    from ray import serve
+    from ray.serve.exceptions import DeploymentUnavailableError
+
+    from decode_workers.actor import DecodeWorker
+    from kvstore.actor import node_store_endpoint, stop_node_stores
+    from prefill_workers.actor import PrefillWorker
 
 pytestmark = [
     pytest.mark.ray,
@@ -69,7 +76,11 @@ def handles(tmp_path_factory):
 
 
 def report_of(handle):
-    answers = handle.broadcast("report").results(timeout_s=10)
+    """The report of the only replica; None while there is none that answers."""
+    try:
+        answers = handle.broadcast("report").results(timeout_s=10, return_exceptions=True)
+    except DeploymentUnavailableError:
+        return None
     return next((answer for answer in answers if isinstance(answer, WorkerReport)), None)
 
 

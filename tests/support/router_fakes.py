@@ -48,6 +48,29 @@ CHATML = (
 CORPUS = ["the quick brown fox jumps over the lazy dog", "passages are learned once", "You are helpful 0123456789"]
 
 
+CHAT = "/v1/chat/completions"
+HELLO = {"model": MODEL, "messages": [{"role": "user", "content": "hello"}]}
+DOCUMENTED = {
+    "messages": [{"role": "user", "content": "what does the fox do?"}],
+    "documents": [{"title": "Fox", "text": "the quick brown fox jumps"}, {"text": "passages are learned once"}],
+}
+
+
+def quiet(**kwargs: Any) -> RouterSettings:
+    """Settings with which nothing happens by itself: tests run the rounds."""
+    return RouterSettings(report_period_s=3600.0, report_ttl_s=7200.0, **kwargs)
+
+
+def decode(name: str = "d0", **kwargs: Any) -> "FakeReplica":
+    """A fake decode replica."""
+    return FakeReplica(role=Role.DECODE, replica_id=name, **kwargs)
+
+
+def prefill(name: str = "p0", **kwargs: Any) -> "FakeReplica":
+    """A fake prefill replica."""
+    return FakeReplica(role=Role.PREFILL, replica_id=name, **kwargs)
+
+
 @cache
 def _base_tokenizer() -> str:
     tokenizer = Tokenizer(models.BPE())
@@ -147,13 +170,14 @@ class FakeReplica:
         try:
             if self.answer is not None:
                 return await self.answer(request, plan)
-            return _default_answer(request, plan, self.replica_id)
+            return default_answer(request, plan, self.replica_id)
         except asyncio.CancelledError:
             self.cancelled.set()
             raise
 
 
-def _default_answer(request: web.Request, plan: Plan, replica_id: str) -> web.Response:
+def default_answer(request: web.Request, plan: Plan, replica_id: str) -> web.Response:
+    """What a healthy worker answers."""
     if request.path == "/internal/prefill":
         answer = PrefillAnswer(
             request_id=plan.request_id,
@@ -280,7 +304,7 @@ async def box(
             await replica.start()
     source, feeds = FakeSource(replicas), FakeFeeds()
     service = RouterService(
-        settings or RouterSettings(report_period_s=3600.0, report_ttl_s=7200.0),
+        settings or quiet(),
         tokenizer=make_tokenizer(folder),
         served_model=MODEL,
         secret=SECRET,

@@ -256,13 +256,21 @@ class EndingSuite:
 
     async def test_a_client_that_leaves_while_prefill_runs_stops_the_prefill_engine(self, pair, salt):
         prompt = pair.prompt(salt, *pair.long_lengths)
+        ended = await pair.metric(pair.decode_url, "learnonce_decode_ended_total", by="client")
+        served = await pair.metric(pair.decode_url, "learnonce_decode_requests_total")
         asking = asyncio.create_task(pair.ask(remote(prompt, pair.prefill_url, cache_salt=salt)))
         await eventually(lambda: pair.running("prefill"), what="the prefill runs")
         asking.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await asking
         await eventually(lambda: self._idle(pair, "prefill"), what="the prefill is gone")
-        await eventually(lambda: self._idle(pair, "decode"), what="the request is gone")
+
+        async def has_ended():
+            return await pair.metric(pair.decode_url, "learnonce_decode_ended_total", by="client") == ended + 1
+
+        await eventually(has_ended, what="the request is gone")
+        served_now = await pair.metric(pair.decode_url, "learnonce_decode_requests_total")
+        assert served_now == served, "the decode replica generated for nobody"
 
     async def test_a_deadline_before_the_first_byte_is_a_504(self, pair, salt):
         plan = make_plan(pair.prompt(salt), cache_salt=salt, deadline_unix_s=time.time() + 0.5)

@@ -140,7 +140,20 @@ def test_a_suspect_is_out_until_a_report_that_was_asked_for_later() -> None:
     assert ready(membership) == ["d0", "d1"]
 
 
-def test_who_is_missing_in_a_round_is_a_suspect_and_then_gone() -> None:
+def test_a_late_report_of_the_only_replica_turns_nobody_away() -> None:
+    membership = members(report("d0"))
+    membership.apply_round(Role.DECODE, [], asked_s=1.0)
+    assert ready(membership) == ["d0"]
+    assert [worker["state"] for worker in membership.listing()] == ["suspect"]
+    membership.suspect("d0", now_s=1.5)
+    assert ready(membership) == []
+    membership.apply_round(Role.DECODE, [report("d0")], asked_s=2.0)
+    assert [worker["state"] for worker in membership.listing()] == ["ready"]
+    membership.expire(12.1)
+    assert ready(membership) == []
+
+
+def test_who_is_missing_in_a_round_is_passed_over_and_then_gone() -> None:
     membership = members(report("d0"), report("d1"))
     membership.apply_round(Role.DECODE, [report("d1")], asked_s=1.0)
     assert ready(membership) == ["d1"]
