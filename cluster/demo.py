@@ -47,8 +47,8 @@ def run_demo(
     console: Console,
     start: Callable[[Settings], str],
     stop: Callable[[Settings], None],
-) -> None:
-    """Start a cluster, learn, ask, print, stop.
+) -> list[Row]:
+    """Start a cluster, learn, ask, print, stop; every question with its two answers.
 
     Args:
         settings: Of the cluster to start.
@@ -77,6 +77,7 @@ def run_demo(
         console.print(
             "To keep a cluster up: `.venv/bin/learnonce up` (or `learnonce demo --keep`); `learnonce down` stops it."
         )
+    return rows
 
 
 def load_documents() -> dict[str, client.Document]:

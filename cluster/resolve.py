@@ -6,6 +6,7 @@ settings (`cluster.settings`), one engine's derived values (`kvstore.engine.buil
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 import psutil
@@ -13,6 +14,7 @@ import psutil
 from cluster.errors import SettingsError
 from cluster.settings import Settings
 from kvstore.engine.settings import EngineSettings
+from kvstore.settings import StoreSettings
 
 _GIB: Final = 1 << 30
 _ENGINE_BYTES: Final = 2 * _GIB
@@ -55,7 +57,7 @@ def resolve(settings: Settings, machine: Facts, *, model_path: str) -> Settings:
     """
     name = settings.engine.served_model_name or settings.engine.model.rstrip("/").rsplit("/", 1)[-1]
     engine = settings.engine.model_copy(update={"model": model_path, "served_model_name": name})
-    resolved = settings.model_copy(update={"engine": engine})
+    resolved = settings.model_copy(update={"engine": engine, "store": _store(settings)})
     if settings.cluster.address == "local":
         _require_memory(resolved, machine)
     return resolved
@@ -98,6 +100,15 @@ def role_engines(settings: Settings, cores: tuple[int, ...]) -> tuple[EngineSett
         settings.engine.model_copy(update={"cpus": tuple(prefill)}),
         settings.engine.model_copy(update={"cpus": tuple(decode)}),
     )
+
+
+def _store(settings: Settings) -> StoreSettings:
+    """The store's settings with a folder of this cluster's own: two clusters on one machine share none."""
+    file = settings.store.file
+    if file is None:
+        return settings.store
+    folder = Path(file.folder).expanduser() / settings.cluster.name
+    return settings.store.model_copy(update={"file": file.model_copy(update={"folder": str(folder)})})
 
 
 def _require_memory(settings: Settings, machine: Facts) -> None:

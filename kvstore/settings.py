@@ -11,9 +11,9 @@ from cluster.settings_base import SettingsBase
 class FileTierSettings(SettingsBase):
     """Records as files below the arena."""
 
-    folder: str
-    """Folder of this node's records; created with mode 0700, one store at a time owns it."""
-    capacity_bytes: PositiveInt = 20 << 30
+    folder: str = "~/.cache/learnonce/chunks"
+    """Folder of this node's records, by cluster name below it; mode 0700, one store at a time owns it."""
+    capacity_bytes: PositiveInt = 8 << 30
     """Bytes of records kept; the least recently used leave first."""
     write_behind_chunks: PositiveInt = 256
     """Committed chunks that may wait to be written; more stay in the arena only, and are counted."""
@@ -34,8 +34,8 @@ class StoreSettings(SettingsBase):
     """Size of the arena in shared memory; memory is taken as chunks fill it. None: `host_ram_share`."""
     host_ram_share: float = Field(default=0.2, gt=0, le=0.9)
     """Share of the node's memory (or of the container's limit) for the arena when `host_bytes` is not set."""
-    file: FileTierSettings | None = None
-    """Records as files below the arena; None keeps chunks in memory only."""
+    file: FileTierSettings | None = FileTierSettings()
+    """Records as files below the arena, found again after a restart; null keeps chunks in memory only."""
     reservation_s: PositiveFloat = 60.0
     """Seconds in which a writer must commit; then others may write the chunk."""
     handshake_s: PositiveFloat = 2.0

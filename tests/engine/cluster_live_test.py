@@ -33,6 +33,7 @@ def cluster(tmp_path_factory):
             "engine.max_model_len": 8192,
             "engine.kv_cache_bytes": 1 << 30,
             "store.host_bytes": 1 << 30,
+            "store.file": {"folder": str(tmp_path_factory.mktemp("chunks"))},
             "router.deadlines.request_s": REQUEST_S,
         },
     )
@@ -44,21 +45,21 @@ def cluster(tmp_path_factory):
     assert live.processes() == []
 
 
-def test_demo_prints_the_table_with_real_reuse(cluster):
+def test_demo_reuses_and_answers(cluster):
     printed = io.StringIO()
-    console = Console(file=printed, width=160)
-    run_demo(None, keep=True, console=console, start=lambda _: cluster.url, stop=lambda _: None)
+    console = Console(file=printed, width=80)
+    rows = run_demo(None, keep=True, console=console, start=lambda _: cluster.url, stop=lambda _: None)
     text = printed.getvalue()
     print(text)
-    assert "TTFT cold" in text
-    for question in load_questions():
-        assert question.text.split()[0] in text
-    # Every warm request reused its documents: at least three quarters of its prompt.
-    rows = [line for line in text.splitlines() if " x " in line and "│" in line]
-    assert len(rows) == len(load_questions())
+    assert [row.question for row in rows] == load_questions()
     for row in rows:
-        prompt, reused = (int(cell.replace(",", "")) for cell in row.split("│")[2:4])
-        assert reused > 0.75 * prompt, row
+        assert row.cold.cached_tokens == 0
+        # Everything but the question itself.
+        assert row.warm.cached_tokens > row.warm.prompt_tokens - 64
+        assert row.warm.prompt_tokens == row.cold.prompt_tokens
+        assert row.question.expects in row.warm.text
+        assert row.question.text in text
+    assert f"{rows[0].warm.prompt_tokens:,}" in text
 
 
 BAD = [

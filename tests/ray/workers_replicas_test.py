@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import tempfile
 import time
 import warnings
 
@@ -42,6 +43,8 @@ APP, NAMESPACE = "workers", "workers-test"
 def handles(tmp_path_factory):
     """Handles of one deployment per role, in one application."""
     folder = tmp_path_factory.mktemp("run")
+    # Ray's sockets do not fit into pytest's long paths.
+    short = tempfile.TemporaryDirectory(prefix="r", ignore_cleanup_errors=True)
     environment = {SECRET_VARIABLE: SECRET.hex()}
     ray.init(
         address="local",
@@ -50,7 +53,7 @@ def handles(tmp_path_factory):
         object_store_memory=100 << 20,
         log_to_driver=False,
         runtime_env={"env_vars": environment},
-        _temp_dir=f"/tmp/{os.getpid():x}",
+        _temp_dir=short.name,
     )
     engine, store = noop_settings(), StoreSettings(host_bytes=64 << 20)
     runtime = WorkerRuntime(namespace=NAMESPACE, runtime_dir=str(folder))
@@ -73,6 +76,7 @@ def handles(tmp_path_factory):
         serve.shutdown()
         stop_node_stores(namespace=NAMESPACE)
         ray.shutdown()
+        short.cleanup()
 
 
 def report_of(handle):

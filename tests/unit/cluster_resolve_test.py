@@ -71,3 +71,15 @@ def test_given_cores_are_kept():
 
 def test_defaults_are_a_cluster_for_a_laptop():
     assert sum(needed_bytes(Settings(), machine()).values()) < 24 * GIB
+
+
+def test_two_clusters_on_one_machine_share_no_folder():
+    folders = [
+        resolve(settings(cluster={"name": name}, store={"file": {"folder": "/chunks"}}), machine(), model_path="/m")
+        for name in ("one", "two")
+    ]
+    assert [resolved.store.file.folder for resolved in folders] == ["/chunks/one", "/chunks/two"]
+
+
+def test_no_file_tier_stays_none():
+    assert resolve(settings(store={"file": None}), machine(), model_path="/m").store.file is None
