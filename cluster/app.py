@@ -19,6 +19,7 @@ from kvstore.engine.settings import EngineSettings
 from kvstore.engine.worker import WorkerRuntime
 from prefill_workers.actor import PrefillWorker
 from router.actor import RouterIngress
+from router.ingress import API_KEYS_VARIABLE
 
 APP_NAME: Final = "learnonce"
 RAY_NAMESPACE: Final = "learnonce"
@@ -65,11 +66,16 @@ def application(settings: Settings, runtime: Runtime) -> Application:
         settings.decode, decode_engine, store, runtime=place
     )
     deployment: Any = RouterIngress  # Serve's decorator made a Deployment of the class
-    router = deployment.options(
-        ray_actor_options={"num_cpus": 0, **_environment(settings, runtime)}, **_times(settings)
-    )
+    environment = _environment(settings, runtime, API_KEYS_VARIABLE)
+    router = deployment.options(ray_actor_options={"num_cpus": 0, **environment}, **_times(settings))
     bound: Application = router.bind(
-        settings.router, settings.engine.model, served_model_name(settings.engine), decode, prefill
+        settings.router,
+        settings.engine.model,
+        served_model_name(settings.engine),
+        decode,
+        prefill,
+        log_level=settings.log.level,
+        log_json=settings.log.json_lines,
     )
     return bound
 
@@ -102,11 +108,12 @@ def _times(settings: Settings) -> dict[str, float]:
     }
 
 
-def _environment(settings: Settings, runtime: Runtime) -> dict[str, Any]:
-    """The secret for processes that do not inherit it from the supervisor."""
+def _environment(settings: Settings, runtime: Runtime, *variables: str) -> dict[str, Any]:
+    """The secret, and `variables` as they are set here, for processes that do not inherit them from the supervisor."""
     if settings.cluster.address == "local":
         return {}
-    return {"runtime_env": {"env_vars": {SECRET_VARIABLE: runtime.secret_hex}}}
+    own = {name: os.environ[name] for name in variables if name in os.environ}
+    return {"runtime_env": {"env_vars": {SECRET_VARIABLE: runtime.secret_hex, **own}}}
 
 
 def _has_gpus() -> bool:

@@ -9,7 +9,7 @@ import os
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -65,38 +65,40 @@ def ask(
         extra["documents"] = list(documents)
     if cache_salt is not None:
         extra["cache_salt"] = cache_salt
-    model = _first_model(url)
-    first_s: float | None = None
-    pieces: list[str] = []
-    usage: Any = None
+    body: dict[str, Any] = {
+        "model": _first_model(url),
+        "messages": [{"role": "user", "content": question}],
+        "max_completion_tokens": max_tokens,
+        "temperature": 0.0,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "extra_body": extra,
+    }
     try:
-        with openai.OpenAI(base_url=f"{url}/v1", api_key=_api_key(), timeout=_TIMEOUT_S, max_retries=0) as client:
+        with openai.OpenAI(base_url=f"{url}/v1", api_key=_api_key(), timeout=_TIMEOUT_S, max_retries=0) as api:
             began_s = time.perf_counter()
-            stream = client.chat.completions.create(
-                model=model,
-                messages=[{"role": "user", "content": question}],
-                max_completion_tokens=max_tokens,
-                temperature=0.0,
-                stream=True,
-                stream_options={"include_usage": True},
-                extra_body=extra,
-            )
-            for chunk in stream:
-                if chunk.usage is not None:
-                    usage = chunk.usage
-                text = chunk.choices[0].delta.content if chunk.choices else None
-                if text:
-                    if first_s is None:
-                        first_s = time.perf_counter()
-                    pieces.append(text)
-                    on_text(text)
+            return _collect(api.chat.completions.create(**body), began_s=began_s, on_text=on_text)
     except openai.APIStatusError as error:
         raise _status_error(error.status_code, error.message) from error
     except openai.APIError as error:
         raise UnavailableError(f"the API at {url} broke off: {error}") from error
+
+
+def _collect(stream: Iterable[Any], *, began_s: float, on_text: Callable[[str], None]) -> Answer:
+    """The whole of a streamed answer, its pieces passed on as they arrive."""
+    first_s: float | None = None
+    pieces: list[str] = []
+    usage: Any = None
+    for chunk in stream:
+        usage = chunk.usage or usage
+        text = chunk.choices[0].delta.content if chunk.choices else None
+        if text:
+            first_s = first_s or time.perf_counter()
+            pieces.append(text)
+            on_text(text)
     end_s = time.perf_counter()
     if usage is None:
-        raise UnavailableError(f"the API at {url} ended its answer early")
+        raise UnavailableError("the API ended its answer early")
     details = usage.prompt_tokens_details
     return Answer(
         text="".join(pieces),

@@ -27,7 +27,9 @@ CURRENT: ContextVar[Execution | None] = ContextVar("CURRENT", default=None)
 """What the request being served shall load, save and prompt; None outside of a planned request."""
 
 GENERATE_PATHS: Final = frozenset({"/v1/chat/completions", "/v1/completions"})
-OPEN_PATHS: Final = frozenset({"/health", "/metrics", "/version", "/v1/models", "/tokenize", "/detokenize"})
+PLANNED_PATHS: Final = GENERATE_PATHS | {"/tokenize", "/detokenize"}
+"""Served only with a signed plan, which may be empty: API keys and body bounds are the ingress's."""
+OPEN_PATHS: Final = frozenset({"/health", "/metrics", "/version", "/v1/models"})
 """Everything else of vLLM's app would go around the plan, so it is not there."""
 
 _MAX_DEADLINE_S: Final = 24 * 3600.0
@@ -64,7 +66,7 @@ class PlanMiddleware:
         """Serve one ASGI event."""
         if scope["type"] == "lifespan" or (scope["type"] == "http" and scope["path"] in OPEN_PATHS):
             await self._app(scope, receive, send)
-        elif scope["type"] != "http" or scope["path"] not in GENERATE_PATHS:
+        elif scope["type"] != "http" or scope["path"] not in PLANNED_PATHS:
             await Exchange(scope, receive, send).answer(_NOT_FOUND)
         else:
             async with exchange(scope, receive, send, gate=self._gate) as opened:
@@ -77,21 +79,28 @@ class PlanMiddleware:
         if isinstance(plan, Refusal):
             await request.answer(plan)
             return
-        if not await request.read_body(max_bytes=self._settings.max_body_bytes):
-            await request.answer(_too_large(self._settings.max_body_bytes))
-            return
         request.on_server_error = lambda: ENGINE_DEAD if self._engine_dead() else None
         timer = request.end_in(_bounded_s(plan.deadline_unix_s - self._check.now_unix_s()), _DEADLINE)
         try:
-            execution = await self._execution(request, plan, header or "")
-            if not request.gone.is_set():
-                await self._generate(request, execution)
-            else:
-                await request.finish()
+            await self._carry_out(request, plan, header or "")
         finally:
             timer.cancel()
         if request.gone.is_set():
             ENDED.labels(by=_ended_by(request.ending)).inc()
+
+    async def _carry_out(self, request: Exchange, plan: Plan, header: str) -> None:
+        max_bytes = self._settings.max_body_bytes
+        fits = await request.unless_gone(request.read_body(max_bytes=max_bytes))
+        if fits is False:
+            await request.answer(_too_large(max_bytes))
+            return
+        execution = None if request.gone.is_set() else await self._execution(request, plan, header)
+        if execution is None or request.gone.is_set():
+            await request.finish()
+        elif request.scope["path"] in GENERATE_PATHS:
+            await self._generate(request, execution)
+        else:
+            await request.run(self._app)
 
     async def _generate(self, request: Exchange, execution: Execution) -> None:
         REQUESTS.labels(served_as=execution.served_as).inc()

@@ -1,1 +1,1 @@
-"""Keep KV and move it: keys, container, codecs, tiers, transport, the node store and its client, events."""
+"""Keep KV and move it: keys, container, codecs, tiers, the node store and its client, events."""

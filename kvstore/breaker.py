@@ -48,8 +48,8 @@ class Breaker:
         self._pause_s = self._first_pause_s
 
     def record_failure(self, *, now_s: float) -> None:
-        """A try failed."""
+        """A try failed. Tries that began before the pause and fail in it do not make it longer."""
         self._failures += 1
-        if self.is_open:
+        if self.is_open and now_s >= self._open_until_s:
             self._open_until_s = now_s + self._pause_s
             self._pause_s = min(2 * self._pause_s, self._max_pause_s)

@@ -7,7 +7,6 @@ A store that is away costs microseconds: after a failed connection nobody tries 
 frozen store owes an overdue reply nobody asks it anything.
 """
 
-import asyncio
 import logging
 import threading
 import time
@@ -31,7 +30,7 @@ from kvstore.container import (
     stored_bytes,
     verify_payload,
 )
-from kvstore.interfaces import ChunkMeta, ReadLease, StoreClient, WriteLease
+from kvstore.interfaces import ChunkMeta, ReadLease, WriteLease
 from kvstore.keys import ChunkKey
 from kvstore.protocol import (
     Abort,
@@ -280,6 +279,8 @@ class NodeStoreClient:
         if self._connection is not None:
             self._retired.append(self._connection)
             self._connection = None
+        for connection in self._retired:
+            connection.end_unreferenced()
         self._retired = [connection for connection in self._retired if connection.num_leases]
 
 
@@ -365,6 +366,10 @@ class NodeWriteLease:
         if self._is_over:
             return False
         self._is_over = True
+        if not self._connection.holds_lease(self._lease):
+            # Closed since: the room may be another's by now.
+            self._release_views()
+            return False
         payload_checksum = checksum(self._payload)
         header = encode_header(
             self._key, self._meta, payload_bytes=self._payload_bytes, payload_checksum=payload_checksum
@@ -391,16 +396,6 @@ class NodeWriteLease:
     def _release_views(self) -> None:
         _release_view(self._payload)
         _release_view(self._record)
-
-
-async def lookup_async(client: StoreClient, keys: Sequence[ChunkKey], *, deadline_s: float) -> list[bool]:
-    """`StoreClient.lookup` for event loops: on a thread, bounded by the same deadline."""
-    return await asyncio.to_thread(client.lookup, keys, deadline_s=deadline_s)
-
-
-async def wait_async(client: StoreClient, keys: Sequence[ChunkKey], *, deadline_s: float) -> list[bool]:
-    """`StoreClient.wait` for event loops: on a thread, bounded by the same deadline."""
-    return await asyncio.to_thread(client.wait, keys, deadline_s=deadline_s)
 
 
 def _check_length(header: Header, grant: Grant) -> None:

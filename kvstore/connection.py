@@ -18,6 +18,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Final
 
 from cluster.errors import UnavailableError
@@ -135,6 +136,10 @@ class StoreConnection:
         """Leases and reservations of this connection."""
         return len(self._leases)
 
+    def holds_lease(self, lease: int) -> bool:
+        """Whether the lease's memory is still its own: true on a dead connection, false on a closed one."""
+        return lease in self._leases
+
     def number(self) -> int:
         """A number for a request."""
         return next(self._numbers)
@@ -153,7 +158,7 @@ class StoreConnection:
         """
         call = _Call()
         due_s = time.monotonic() + timeout_s + _PATIENCE_S
-        self._flush_unreferenced()
+        self.end_unreferenced()
         with self._lock:
             if self._is_dead or not self._queue(encode(request)):
                 return None
@@ -184,6 +189,12 @@ class StoreConnection:
     def abandon_lease(self, lease: int, message: Request) -> None:
         """End a lease from a finaliser, where no lock may be taken."""
         self._unreferenced.append((lease, message))
+
+    def end_unreferenced(self) -> None:
+        """End the leases that were abandoned."""
+        while self._unreferenced:
+            with suppress(IndexError):  # another thread took the last one
+                self.end_lease(*self._unreferenced.popleft())
 
     def read_only(self, start: int, stop: int) -> memoryview:
         """Bytes of the arena."""
@@ -273,10 +284,6 @@ class StoreConnection:
                 self._queue(encode(Release([grant.lease for grant in _grants(reply)])))
             elif isinstance(reply, Reserved) and reply.grant is not None:
                 self._queue(encode(Abort(reply.grant.lease)))
-
-    def _flush_unreferenced(self) -> None:
-        while self._unreferenced:
-            self.end_lease(*self._unreferenced.popleft())
 
     def _stop_receiving(self) -> None:
         """No more requests; those in flight end without a reply."""

@@ -144,7 +144,7 @@ def unseal(data: bytes, kind: type[M], *, secret: bytes, tag: bytes) -> M:
         raise EventRejectedError("message has a wrong signature")
     try:
         return msgspec.msgpack.decode(body, type=kind)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise EventRejectedError(f"message is damaged: {error}") from error
 
 
@@ -333,8 +333,8 @@ class DirectoryFeed:
 
     def close(self) -> None:
         """Disconnect. Repeating it is harmless."""
-        self._subscriber.close(0)
-        self._context.term()
+        # With every socket: one that a running `items` still asks on would block the loop for ever.
+        self._context.destroy(linger=0)
 
     async def items(self) -> AsyncIterator[FeedItem]:
         """Snapshot, events, losses; never ends by itself."""

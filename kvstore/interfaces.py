@@ -1,7 +1,7 @@
 """The seams of the store: a new tier or client implements one of these and inherits its contract suite.
 
 Covers: protocols and the small values that cross them. Contract suites: `kvstore.testing`.
-Does not cover: implementations, codecs (`kvstore.codecs`), transports between nodes (`kvstore.transport`).
+Does not cover: implementations, codecs (`kvstore.codecs`), transports between nodes (there is none yet).
 
 Every failure below has the same meaning for a caller: the chunk is not there, compute it. So reads return None, and
 writes return False; the implementation counts why.

@@ -58,6 +58,7 @@ class Mover:
         self._writers: set[asyncio.Task[None]] = set()
         self._promotions: dict[ChunkKey, asyncio.Task[None]] = {}
         self._writing: set[ChunkKey] = set()
+        self._is_stopping = False
         self._unwanted: set[ChunkKey] = set()
         """Keys dropped while they were being copied."""
 
@@ -75,7 +76,7 @@ class Mover:
         """Bring a chunk into the arena; joins a promotion that is under way."""
         if key in self._promotions:
             return
-        entry = self._file.entry(key)
+        entry = None if self._is_stopping else self._file.entry(key)
         slot = self._host.reserve(key, entry.stored_bytes) if entry else None
         if slot is None:
             metrics.TIER_WRITES.labels(self._host.name, "full").inc()
@@ -87,7 +88,7 @@ class Mover:
         """Queue a committed chunk for the files; dropped (and counted) when the queue is full."""
         if self._file.entry(key) is not None:
             return
-        if len(self._queue) >= self._max_queued:
+        if self._is_stopping or len(self._queue) >= self._max_queued:
             metrics.WRITE_BEHIND.labels("dropped").inc()
             return
         self._queue.append(key)
@@ -107,6 +108,8 @@ class Mover:
         stop_s = loop.time() + drain_s
         while not self.is_idle and loop.time() < stop_s:
             await asyncio.sleep(_IDLE_POLL_S)
+        # Clients go on until the server stops: from here on nothing new is copied, or this would never end.
+        self._is_stopping = True
         if self._queue:
             metrics.WRITE_BEHIND.labels("dropped").inc(len(self._queue))
             self._queue.clear()

@@ -24,7 +24,7 @@ from kvstore.index import ChunkIndex
 from kvstore.interfaces import TierStat
 from kvstore.keys import ChunkKey
 from kvstore.mover import Mover
-from kvstore.server import StoreServer, listen_on
+from kvstore.server import StoreServer, check_socket_path, listen_on
 from kvstore.settings import FileTierSettings, StoreSettings, resolve_host_bytes
 from kvstore.tiers.file import FileTier
 from kvstore.tiers.folder import FolderUnusableError
@@ -152,9 +152,7 @@ class NodeStore:
         """Open the parts in order; each is closed by the stack, in reverse."""
         settings = self.settings
         epoch = secrets.token_hex(8)
-        listener = listen_on(self._socket_path)
-        stack.callback(listener.close)
-        stack.callback(_unlink_socket, self._socket_path, os.stat(self._socket_path).st_ino)
+        check_socket_path(self._socket_path)
         host = HostTier(
             resolve_host_bytes(settings, memory_bytes=available_memory_bytes()),
             on_evict=lambda slot: index.refresh(slot.key),
@@ -203,6 +201,10 @@ class NodeStore:
             snapshot_address=publisher.snapshot_address,
         )
         parts = _Parts(endpoint, host, file, desk, mover)
+        # Last: it takes the place of another store's socket, which must keep it if the folder is that store's too.
+        listener = listen_on(self._socket_path)
+        stack.callback(listener.close)
+        stack.callback(_unlink_socket, self._socket_path, os.stat(self._socket_path).st_ino)
         server = StoreServer(
             desk,
             listener,

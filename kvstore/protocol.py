@@ -203,6 +203,8 @@ class Stats(_Message, frozen=True):
 
 Reply = Held | Granted | Reserved | Done | Stats
 
+_UNDECODABLE: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""What msgspec raises for hostile bytes: text that is not UTF-8 is no `DecodeError`."""
 _ENCODER: Final = msgspec.msgpack.Encoder()
 _HELLO_DECODER: Final = msgspec.msgpack.Decoder(Challenge | Proof | Welcome)
 _REQUEST_DECODER: Final = msgspec.msgpack.Decoder(Request)
@@ -223,7 +225,7 @@ def decode_hello(body: bytes) -> Challenge | Proof | Welcome:
     """
     try:
         message: Challenge | Proof | Welcome = _HELLO_DECODER.decode(body)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except _UNDECODABLE as error:
         raise ProtocolError(f"not a handshake message: {error}") from error
     return message
 
@@ -236,7 +238,7 @@ def decode_request(body: bytes) -> Request:
     """
     try:
         message: Request = _REQUEST_DECODER.decode(body)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except _UNDECODABLE as error:
         raise ProtocolError(f"not a request: {error}") from error
     return message
 
@@ -249,7 +251,7 @@ def decode_reply(body: bytes) -> Reply:
     """
     try:
         message: Reply = _REPLY_DECODER.decode(body)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except _UNDECODABLE as error:
         raise ProtocolError(f"not a reply: {error}") from error
     return message
 

@@ -112,12 +112,13 @@ class PrefillService:
         if isinstance(work, Refusal):
             await self._reject(request, work)
             return
-        if not await request.read_body(max_bytes=_MAX_BODY_BYTES):
-            await request.answer(_BODY)
-            return
         timer = request.end_in(budget_s(plan, now_unix_s=self._now_unix_s()), _LATE)
         try:
-            outcome = await request.unless_gone(self._prefill(plan, work, started_s))
+            fits = await request.unless_gone(request.read_body(max_bytes=_MAX_BODY_BYTES))
+            if fits is False:
+                await self._reject(request, _BODY)
+                return
+            outcome = await request.unless_gone(self._prefill(plan, work, started_s)) if fits else None
         except Exception:
             logger.exception("prefill failed request=%s", plan.request_id)
             outcome = ENGINE_DEAD if self._engine.dead else _FAILED
@@ -135,7 +136,7 @@ class PrefillService:
             REQUESTS.labels(outcome="late" if request.ending is _LATE else "left").inc()
             await request.finish()
         elif isinstance(outcome, Refusal):
-            REQUESTS.labels(outcome="full" if outcome.status == 503 else "failed").inc()
+            REQUESTS.labels(outcome="failed" if outcome in (ENGINE_DEAD, _FAILED) else "full").inc()
             await request.answer(outcome)
         else:
             REQUESTS.labels(outcome="ok").inc()
@@ -175,7 +176,7 @@ class PrefillService:
         held = await self._wait_held(work.spans)
         TOKENS.labels(source="reused").inc(reused)
         TOKENS.labels(source="computed").inc(len(work.prompt_token_ids) - reused)
-        NOT_STORED.inc(held.count(False))
+        NOT_STORED.inc(sum(_is_awaited(span) and not is_held for span, is_held in zip(work.spans, held, strict=True)))
         SECONDS.observe(time.monotonic() - started_s)
         return _Done(reused, held)
 
@@ -184,7 +185,7 @@ class PrefillService:
         QUEUED_TOKENS.set(self._queued_tokens)
 
     async def _wait_held(self, spans: Sequence[Span]) -> tuple[bool, ...]:
-        keys = [key_of(span) for span in spans if span.save or span.held]
+        keys = [key_of(span) for span in spans if _is_awaited(span)]
         loop = asyncio.get_running_loop()
         waiting = loop.run_in_executor(self._threads, self._wait, keys)
         held = dict(zip(keys, await waiting, strict=True))
@@ -192,6 +193,11 @@ class PrefillService:
 
     def _wait(self, keys: Sequence[ChunkKey]) -> list[bool]:
         return self._store.wait(keys, deadline_s=self._settings.save_wait_s)
+
+
+def _is_awaited(span: Span) -> bool:
+    """Whether its chunk should be readable afterwards; a short last span, for one, is never saved."""
+    return span.save or span.held
 
 
 def build_app(

@@ -12,7 +12,7 @@ def problem(profile: str) -> str | None:
     if sys.version_info[:2] != (3, 11):
         return f"Python 3.11 is needed, this is {sys.version.split()[0]}: make setup PYTHON=/path/to/python3.11"
     try:
-        import torch  # noqa: PLC0415
+        import torch
     except ImportError as error:
         return (
             f"torch does not load ({error}). On a CPU machine pip must find the CPU build of torch: "

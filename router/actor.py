@@ -78,8 +78,11 @@ class RouterIngress:
         served_model_name: str,
         decode_handle: DeploymentHandle,
         prefill_handle: DeploymentHandle | None = None,
+        *,
+        log_level: str = "INFO",
+        log_json: bool = False,
     ) -> None:
-        configure_logging()
+        configure_logging(level=log_level, json_lines=log_json)
         secret = _secret()
         tokenizer = await asyncio.to_thread(
             ModelTokenizer, model_folder, cache_tokens=settings.limits.token_cache_tokens
@@ -95,7 +98,8 @@ class RouterIngress:
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
         """The application that Serve runs; its lifespan starts and stops the service."""
-        return build_app(self._service)
+        # Serve's proxy takes the client's id or makes one, hands it to us, and puts it on the answer.
+        return build_app(self._service, name_answers=False)
 
 
 def _secret() -> bytes:

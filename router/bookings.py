@@ -8,9 +8,13 @@ import heapq
 import itertools
 from collections import Counter
 from collections.abc import Sequence
+from typing import Final
 
 from kvstore.wire import Role
 from router.policy import BookedTokens
+
+_COMPACT_MIN: Final = 256
+"""Entries below which ended bookings are not worth removing."""
 
 
 class Booking:
@@ -19,6 +23,11 @@ class Booking:
     def __init__(self, ledger: "Ledger", promises: Sequence[BookedTokens]) -> None:
         self._ledger = ledger
         self._open = list(promises)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether anything of it is left to do."""
+        return bool(self._open)
 
     def first_byte(self) -> None:
         """The prompt is computed: what was booked until then is done."""
@@ -35,12 +44,17 @@ class Booking:
 
 
 class Ledger:
-    """Booked tokens by replica."""
+    """Booked tokens by replica.
+
+    Guarantees:
+        Memory follows the open bookings: ended ones are forgotten long before their deadline.
+    """
 
     def __init__(self) -> None:
         self._tokens: Counter[tuple[Role, str]] = Counter()
         self._expiries: list[tuple[float, int, Booking]] = []
         self._order = itertools.count()
+        self._compact_at = _COMPACT_MIN
 
     def book(self, promises: Sequence[BookedTokens], *, expires_s: float) -> Booking:
         """Add promises; they end at the latest when the clock passes `expires_s` (see `expire`)."""
@@ -48,6 +62,11 @@ class Ledger:
         for promise in promises:
             self._add(promise, sign=1)
         heapq.heappush(self._expiries, (expires_s, next(self._order), booking))
+        if len(self._expiries) >= self._compact_at:
+            self._expiries = [entry for entry in self._expiries if entry[2].is_open]
+            heapq.heapify(self._expiries)
+            # Twice what is left, so that compacting costs a constant per booking.
+            self._compact_at = max(_COMPACT_MIN, 2 * len(self._expiries))
         return booking
 
     def expire(self, now_s: float) -> None:

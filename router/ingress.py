@@ -4,6 +4,7 @@ Covers: routes, body limits, API keys, request ids, errors in OpenAI's format.
 Does not cover: deciding and relaying (`router.service`), running under Serve (`router.actor`).
 """
 
+import asyncio
 import hashlib
 import hmac
 import json
@@ -25,7 +26,7 @@ from router.body import Endpoint, ParsedRequest, decode_json, parse_request
 from router.errors import ErrorAnswer, RequestError, answer_for, error_body
 from router.learn import LearnResult, parse_learning
 from router.metrics import REQUESTS_TOTAL
-from router.relay import StreamEnd, cancelled_by_disconnect
+from router.relay import StreamEnd, cancelled_by_disconnect, outcome_of
 from router.service import ClientRequest, RouterService
 
 log = logging.getLogger(__name__)
@@ -37,12 +38,13 @@ _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 Answering = Callable[[Send], Awaitable[StreamEnd]]
 
 
-def build_app(service: RouterService, *, api_keys: frozenset[str] | None = None) -> FastAPI:
+def build_app(service: RouterService, *, api_keys: frozenset[str] | None = None, name_answers: bool = True) -> FastAPI:
     """The application; its ASGI lifespan starts and stops the service.
 
     Args:
         service: The router behind the routes.
         api_keys: Accepted bearer keys; None reads them from the environment, empty lets everyone in.
+        name_answers: Whether answers get an `x-request-id` here; False behind a proxy that adds it.
     """
     keys = _keys_from_environment() if api_keys is None else api_keys
 
@@ -61,7 +63,7 @@ def build_app(service: RouterService, *, api_keys: frozenset[str] | None = None)
     app.add_exception_handler(LearnonceError, _on_error)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(Exception, _on_error)
-    app.add_middleware(_EdgeMiddleware, api_keys=keys)
+    app.add_middleware(_EdgeMiddleware, api_keys=keys, name_answers=name_answers)
     return app
 
 
@@ -140,7 +142,8 @@ def _add_learning(app: FastAPI, service: RouterService) -> None:
             served_model=service.served_model,
             max_documents=service.settings.limits.max_documents,
         )
-        results = await service.learner.learn(requests, request_id=client.request_id)
+        budget_s = client.received_s + service.settings.deadlines.request_s - service.clock.now_s()
+        results = await service.learner.learn(requests, request_id=client.request_id, budget_s=budget_s)
         data = [
             _learned(index, request.documents[0].title, result)
             for index, (request, result) in enumerate(zip(requests, results, strict=True))
@@ -181,7 +184,11 @@ def _parse(body: dict[str, Any], endpoint: Endpoint, service: RouterService) -> 
 
 async def _client_request(request: Request, service: RouterService) -> ClientRequest:
     received_s = service.clock.now_s()
-    body = await _read_body(request, max_bytes=service.settings.limits.max_body_bytes)
+    try:
+        async with asyncio.timeout(service.settings.deadlines.request_s):
+            body = await _read_body(request, max_bytes=service.settings.limits.max_body_bytes)
+    except TimeoutError as error:
+        raise RequestError("the body did not arrive in time", None, "request_timeout", 408) from error
     return ClientRequest(
         path=request.url.path,
         body=body,
@@ -232,7 +239,7 @@ class _RelayResponse(Response):
             outcome = end.outcome
         except Exception as error:
             answer = answer_for(error)
-            outcome = _outcome(answer.status)
+            outcome = outcome_of(answer.status)
             if not isinstance(error, LearnonceError):
                 log.exception("request_failed request=%s", scope["state"]["request_id"])
             if started:
@@ -242,17 +249,11 @@ class _RelayResponse(Response):
             REQUESTS_TOTAL.labels(outcome).inc()
 
 
-def _outcome(status: int) -> str:
-    if status < 500:
-        return "rejected"
-    return {503: "unavailable", 504: "deadline"}.get(status, "failed")
-
-
 class _EdgeMiddleware:
-    """Request ids on every answer, and API keys on everything but health, readiness and metrics."""
+    """A request id for every request, and API keys on everything but health, readiness and metrics."""
 
-    def __init__(self, app: ASGIApp, *, api_keys: frozenset[str]) -> None:
-        self._app = app
+    def __init__(self, app: ASGIApp, *, api_keys: frozenset[str], name_answers: bool) -> None:
+        self._app, self._name_answers = app, name_answers
         self._digests = [hashlib.sha256(key.encode()).digest() for key in sorted(api_keys)]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -265,9 +266,9 @@ class _EdgeMiddleware:
         scope.setdefault("state", {})["request_id"] = request_id
 
         async def named(message: MutableMapping[str, Any]) -> None:
-            if message["type"] == "http.response.start":
+            if message["type"] == "http.response.start" and self._name_answers:
                 own = (REQUEST_ID_HEADER.encode(), request_id.encode())
-                message["headers"] = [pair for pair in message["headers"] if pair[0] != own[0]] + [own]
+                message["headers"] = [*message["headers"], own]
             await send(message)
 
         if scope["path"] not in _OPEN_PATHS and not self._is_allowed(headers.get(b"authorization", b"")):

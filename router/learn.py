@@ -14,7 +14,7 @@ from typing import Any, Final
 import msgspec
 
 from cluster.clock import Clock
-from cluster.errors import CallerError, LearnonceError
+from cluster.errors import LearnonceError
 from kvstore.keys import ChunkKey
 from kvstore.wire import PLAN_HEADER, REQUEST_ID_HEADER, PrefillAnswer
 from router.body import Document, Endpoint, ParsedRequest, check_model, parse_documents, parse_salt, parse_tools
@@ -109,9 +109,17 @@ class Learner:
         self._clock = clock
         self._flights: dict[ChunkKey, asyncio.Task[LearnResult]] = {}
         self._slots = asyncio.Semaphore(limits.max_learning)
+        # As many as there are threads: a large batch waits here, not in the queue that refuses when it is full.
+        self._preparing = asyncio.Semaphore(limits.tokenizer_threads)
 
-    async def learn(self, requests: list[ParsedRequest], *, request_id: str) -> list[LearnResult]:
+    async def learn(self, requests: list[ParsedRequest], *, request_id: str, budget_s: float) -> list[LearnResult]:
         """Learn one passage per request; failures are results, in the order of the requests.
+
+        Args:
+            requests: See `parse_learning`.
+            request_id: Goes into the plans, with a number behind it.
+            budget_s: Seconds after which passages that are not learned yet are reported as failed; those under way
+                go on, for the next who asks.
 
         Raises:
             NoReplicaError: Nobody is ready at all.
@@ -120,7 +128,8 @@ class Learner:
         self._planner.facts()
         if len(self._flights) + len(requests) > 2 * self._limits.max_documents:
             raise RouterBusyError("too many passages are being learned")
-        numbered = (self._learn_one(r, request_id=f"{request_id}-{i}") for i, r in enumerate(requests))
+        end_s = asyncio.get_running_loop().time() + budget_s
+        numbered = (self._learn_until(end_s, r, request_id=f"{request_id}-{i}") for i, r in enumerate(requests))
         results = await asyncio.gather(*numbered)
         for result in results:
             LEARNED_TOTAL.labels(result.state.value).inc()
@@ -133,10 +142,18 @@ class Learner:
             flight.cancel()
         await asyncio.gather(*flights, return_exceptions=True)
 
+    async def _learn_until(self, end_s: float, request: ParsedRequest, *, request_id: str) -> LearnResult:
+        try:
+            async with asyncio.timeout_at(end_s):
+                return await self._learn_one(request, request_id=request_id)
+        except TimeoutError:
+            return LearnResult(state=LearnState.FAILED, error="not learned before the request's deadline")
+
     async def _learn_one(self, request: ParsedRequest, *, request_id: str) -> LearnResult:
         try:
-            prepared = without_tail(await self._planner.prepare(request, body_bytes=_num_bytes(request.documents)))
-        except CallerError as error:
+            async with self._preparing:
+                prepared = without_tail(await self._planner.prepare(request, body_bytes=_num_bytes(request.documents)))
+        except LearnonceError as error:
             return LearnResult(state=LearnState.FAILED, error=str(error))
         if not prepared.spans:
             return LearnResult(state=LearnState.FAILED, error="the engine keeps no KV")

@@ -24,8 +24,8 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
 _FORWARDED: Final = ("accept", "accept-language", "content-type", "traceparent", "tracestate", "user-agent")
 """Request headers that a replica may see. The client's API key stays here."""
-_RETURNED: Final = ("content-type", "retry-after", "cache-control", "x-learnonce-served-as")
-"""Answer headers that the client sees, besides every other `x-learnonce-*` one."""
+_RETURNED: Final = ("content-type", "retry-after", "cache-control")
+"""Answer headers that the client sees, besides every `x-learnonce-*` one."""
 _RETURNED_PREFIX: Final = "x-learnonce-"
 _LARGE_BODY_BYTES: Final = 1 << 20
 
@@ -111,10 +111,9 @@ class ReplicaClient:
         """
         try:
             async with asyncio.timeout(budget_s), self._opened().get(peer.url + path) as response:
-                body = await response.content.read(max_bytes)
-                if response.status == 200 and response.content.at_eof():
-                    return body
-        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+                if response.status == 200:
+                    return await _read_all(response, max_bytes=max_bytes)
+        except (aiohttp.ClientError, OSError, TimeoutError, ReplicaAnswerError) as error:
             raise ReplicaFailedError(f"replica {peer.replica_id} failed: {type(error).__name__}") from error
         raise ReplicaFailedError(f"replica {peer.replica_id}: no usable page at {path} (status {response.status})")
 
@@ -130,21 +129,13 @@ class ReplicaClient:
         response = await self._opened().post(peer.url + path, data=data, headers=dict(headers))
         try:
             is_stream = response.content_type == "text/event-stream"
-            first = await (response.content.readany() if is_stream else self._read_all(response))
+            first = await (
+                response.content.readany() if is_stream else _read_all(response, max_bytes=self._max_answer_bytes)
+            )
             return Upstream(response, first, is_stream, peer.replica_id)
         except BaseException:
             response.close()
             raise
-
-    async def _read_all(self, response: aiohttp.ClientResponse) -> bytes:
-        parts: list[bytes] = []
-        num_bytes = 0
-        async for chunk in response.content.iter_any():
-            num_bytes += len(chunk)
-            if num_bytes > self._max_answer_bytes:
-                raise ReplicaAnswerError(f"the answer is larger than {self._max_answer_bytes} bytes")
-            parts.append(chunk)
-        return b"".join(parts)
 
     def _opened(self) -> aiohttp.ClientSession:
         if self._session is None:
@@ -158,27 +149,52 @@ class ReplicaClient:
         return self._session
 
 
+async def _read_all(response: aiohttp.ClientResponse, *, max_bytes: int) -> bytes:
+    """The whole body.
+
+    Raises:
+        ReplicaAnswerError: It is longer than `max_bytes`.
+    """
+    parts: list[bytes] = []
+    num_bytes = 0
+    async for chunk in response.content.iter_any():
+        num_bytes += len(chunk)
+        if num_bytes > max_bytes:
+            raise ReplicaAnswerError(f"the answer is larger than {max_bytes} bytes")
+        parts.append(chunk)
+    return b"".join(parts)
+
+
 @dataclass(frozen=True, slots=True)
 class StreamEnd:
     """How sending an answer ended."""
 
     outcome: str
-    """ok, broken, deadline or cancelled."""
+    """ok, broken, deadline or cancelled; of a whole answer that is an error, `outcome_of` its status."""
 
 
-async def send_answer(upstream: Upstream, send: Send, *, headers: Mapping[str, str], budget_s: float) -> StreamEnd:
+def outcome_of(status: int) -> str:
+    """What an answer of this status counts as: ok, rejected, unavailable, deadline or failed."""
+    if status < 400:
+        return "ok"
+    if status < 500:
+        return "rejected"
+    return {503: "unavailable", 504: "deadline"}.get(status, "failed")
+
+
+async def send_answer(upstream: Upstream, send: Send, *, budget_s: float) -> StreamEnd:
     """Pass an answer on to the client; the connection to the replica is closed afterwards.
 
     A stream that breaks ends with an error event and without `[DONE]`.
     """
-    raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in {**upstream.headers, **headers}.items()]
+    raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in upstream.headers.items()]
     if not upstream.is_stream:
         raw.append((b"content-length", str(len(upstream.first)).encode()))
     try:
         await send({"type": "http.response.start", "status": upstream.status, "headers": raw})
         await send({"type": "http.response.body", "body": upstream.first, "more_body": upstream.is_stream})
         if not upstream.is_stream:
-            return StreamEnd("ok")
+            return StreamEnd(outcome_of(upstream.status))
         end, last = await _send_rest(upstream, send, budget_s=budget_s)
         await send({"type": "http.response.body", "body": last, "more_body": False})
         return end

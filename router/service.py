@@ -143,7 +143,7 @@ class RouterService:
                     continue
                 placed.booking.first_byte()
                 TTFT_SECONDS.labels(placed.decision.mode.value).observe(self.clock.now_s() - client.received_s)
-                return await self._pass_on(client, upstream, send, deadline_s=deadline_s)
+                return await self._pass_on(upstream, send, deadline_s=deadline_s)
             finally:
                 placed.booking.end()
         raise failure
@@ -169,7 +169,7 @@ class RouterService:
             except ReplicaFailedError as error:
                 self._suspect(report.peer.replica_id, "connect", error)
                 continue
-            return await self._pass_on(client, upstream, send, deadline_s=deadline_s)
+            return await self._pass_on(upstream, send, deadline_s=deadline_s)
         raise NoReplicaError("no decode replica is ready", self.settings.retry_after_s)
 
     async def explain(self, request: ParsedRequest, *, body_bytes: int) -> dict[str, Any]:
@@ -222,10 +222,9 @@ class RouterService:
             return None
         return upstream
 
-    async def _pass_on(self, client: ClientRequest, upstream: Upstream, send: Send, *, deadline_s: float) -> StreamEnd:
-        headers = {REQUEST_ID_HEADER: client.request_id}
+    async def _pass_on(self, upstream: Upstream, send: Send, *, deadline_s: float) -> StreamEnd:
         budget_s = max(0.0, deadline_s - self.clock.now_s())
-        end = await send_answer(upstream, send, headers=headers, budget_s=budget_s)
+        end = await send_answer(upstream, send, budget_s=budget_s)
         if end.outcome == "broken":
             self._suspect(upstream.replica_id, "died", None)
         return end

@@ -1,7 +1,7 @@
 """Transforms between a chunk's KV and its stored bytes.
 
 Covers: the `Codec` protocol, the registry by name, and what the stored form promises.
-Does not cover: headers and checksums (`kvstore.container`), which codec a tier uses (`kvstore.settings`).
+Does not cover: headers and checksums (`kvstore.container`), which codec a chunk gets (its `ChunkMeta` says it).
 Shape letters: L layers, 2 for K and V, T tokens of the chunk, N KV heads, H head dimension.
 
 Payloads are layer-major: all bytes of layer 0 stand before those of layer 1, so that a reader can use layers in order

@@ -3,8 +3,8 @@
 Covers: leaving when the parent of a multiprocessing child dies, however it died.
 Does not cover: orderly shutdown, which vLLM does.
 
-Measured with vLLM 0.32: after SIGKILL of the process that holds `AsyncLLM`, its EngineCore stayed for good, with all of
-its memory. `PR_SET_PDEATHSIG` would follow the parent's *thread*, which may end earlier; the sentinel of
+Measured with vLLM 0.32: 10 s after SIGKILL of the process that holds `AsyncLLM`, its EngineCore was still there, with
+all of its memory. `PR_SET_PDEATHSIG` would follow the parent's *thread*, which may end earlier; the sentinel of
 `multiprocessing` follows the process.
 """
 

@@ -73,8 +73,6 @@ class _Load:
     pieces: deque[_Piece] = field(default_factory=deque)
     position: int = 0
     """Tokens `[op.start, position)` are in the engine's blocks."""
-    readable_stop: int = 0
-    """Tokens up to here are staged."""
     failure: LoadFailure | None = None
     dropped: bool = False
 
@@ -92,7 +90,8 @@ class Loader:
     """Loads of one engine worker.
 
     Guarantees:
-        Every load that is submitted and not dropped is reported once, at the latest when its deadline has passed.
+        Every load that is submitted and not dropped is reported once: half a second after its deadline at the latest if
+        it is not read by then, otherwise when it is scattered.
         Bad blocks are reported together with the request, and only from the first missing token on.
         When `num_open` is 0, no lease is held.
 
@@ -135,7 +134,7 @@ class Loader:
     def submit(self, op: LoadOp) -> None:
         """Start a load."""
         now_s = self._now_s()
-        load = _Load(op, stop_s=now_s + op.deadline_s, began_s=now_s, position=op.start, readable_stop=op.start)
+        load = _Load(op, stop_s=now_s + op.deadline_s, began_s=now_s, position=op.start)
         with self._lock:
             self._open[op.request_id] = load
         self._threads.submit(self._read, load)
@@ -194,8 +193,6 @@ class Loader:
         with self._lock:
             load.pieces.extend(pieces)
             load.failure = failure
-            if pieces:
-                load.readable_stop = pieces[-1].start + pieces[-1].kv_L2TNH.shape[2]
             if load.dropped:
                 self._release(load)
             else:
@@ -252,7 +249,6 @@ class Loader:
         except Exception:
             logger.exception("event=scatter_failed request_id=%s", load.op.request_id)
             load.failure = "scatter_error"
-            load.readable_stop = load.position
             self._release(load)
             return 1
         load.position += num_tokens

@@ -137,13 +137,14 @@ class SchedulerSide:
             scheduled: Requests that compute tokens in this step.
             blocks_of: A scheduled request's blocks from token 0 on.
         """
-        loads, self._new_loads = tuple(self._new_loads), []
         saves: list[SaveOp] = []
         for item in scheduled:
             tracked = self._tracked.get(item.request_id)
             if tracked is not None:
                 computed = item.num_computed_tokens + item.num_scheduled_tokens
                 saves.extend(self._due_saves(tracked, item.request_id, computed, blocks_of))
+        # Taken last: a load that an error above would lose is a request that waits for ever.
+        loads, self._new_loads = tuple(self._new_loads), []
         return StepOps(loads=loads, saves=tuple(saves), busy=bool(scheduled))
 
     def finish_request(self, request_id: str) -> None:

@@ -94,7 +94,9 @@ class Exchange:
     async def _listen(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
             pass
-        self.gone.set()
+        # Servers say "disconnect" after a complete answer as well: nobody has left then.
+        if not self._finished:
+            self.gone.set()
 
     def end(self, refusal: Refusal) -> None:
         """End the request from our side; the client is told why once the app has stopped."""

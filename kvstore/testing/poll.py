@@ -10,7 +10,7 @@ from collections.abc import Callable
 _STEP_S = 0.005
 
 
-def wait_until(is_true: Callable[[], object], *, what: str, deadline_s: float = 10.0) -> None:
+def wait_until(is_true: Callable[[], object], *, what: str, deadline_s: float = 30.0) -> None:
     """Return as soon as `is_true()`.
 
     Raises:

@@ -34,7 +34,7 @@ from kvstore.container import ALIGN, Header, parse_header, parse_record
 from kvstore.interfaces import TierStat
 from kvstore.keys import ChunkKey, parse_key
 from kvstore.policy import Resident, lru_victims
-from kvstore.tiers.folder import FolderLock, prepare_folder, supports_direct_io
+from kvstore.tiers.folder import FolderLock, FolderUnusableError, prepare_folder, supports_direct_io
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ class FileTier:
         breaker_failures: Device errors in a row after which reads (or writes) pause.
         breaker_pause_s: First pause.
         direct: Whether to bypass the page cache; None finds out what the file system can do.
-        on_drop: Told of every record that left by eviction or damage, from whatever thread found out.
+        on_drop: Told of every record that left by eviction or damage after the scan, from whatever thread found out.
         clock: For the pauses.
 
     Raises:
@@ -90,7 +90,7 @@ class FileTier:
         self.folder = os.fspath(folder)
         self.capacity_bytes = capacity_bytes
         self._clock = clock or SystemClock()
-        self._on_drop = on_drop or (lambda key: None)
+        self._on_drop: Callable[[ChunkKey], None] = lambda key: None
         pauses = {"first_pause_s": breaker_pause_s, "max_pause_s": _MAX_PAUSES * breaker_pause_s}
         self._write_breaker = Breaker(failures=breaker_failures, **pauses)
         self._read_breaker = Breaker(failures=breaker_failures, **pauses)
@@ -104,6 +104,11 @@ class FileTier:
         try:
             self.is_direct = supports_direct_io(self.folder) if direct is None else direct
             self._scan()
+            # Only now: what the scan deletes or evicts was never announced, and its owner is still being made.
+            self._on_drop = on_drop or self._on_drop
+        except OSError as error:
+            self._owner.release()
+            raise FolderUnusableError(f"file tier folder {self.folder} cannot be read: {error}") from error
         except BaseException:
             self._owner.release()
             raise

@@ -54,21 +54,30 @@ class FolderLock:
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         except OSError as error:
             raise FolderUnusableError(f"file tier folder {folder} cannot be locked: {error}") from error
-        stop_s = time.monotonic() + wait_s
-        while not self._try_lock():
-            if time.monotonic() >= stop_s:
-                owner = os.pread(self._fd, 32, 0).decode("ascii", "replace").strip()
-                os.close(self._fd)
-                raise FolderBusyError(f"file tier folder {folder} is owned by process {owner or '?'}: one store each")
-            time.sleep(_POLL_S)
-        os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
+        try:
+            self._lock(folder, wait_s)
+        except OSError as error:
+            self.release()
+            raise FolderUnusableError(f"file tier folder {folder} cannot be locked: {error}") from error
+        except FolderBusyError:
+            self.release()
+            raise
 
     def release(self) -> None:
         """Give the folder up. Repeating it is harmless."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+    def _lock(self, folder: str, wait_s: float) -> None:
+        stop_s = time.monotonic() + wait_s
+        while not self._try_lock():
+            if time.monotonic() >= stop_s:
+                owner = os.pread(self._fd, 32, 0).decode("ascii", "replace").strip()
+                raise FolderBusyError(f"file tier folder {folder} is owned by process {owner or '?'}: one store each")
+            time.sleep(_POLL_S)
+        os.ftruncate(self._fd, 0)
+        os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
 
     def _try_lock(self) -> bool:
         try:

@@ -1,6 +1,6 @@
 r"""The host tier: records in one shared-memory arena that the node's processes map.
 
-Covers: the arena, slots in it, pins, eviction. Does not cover: who holds which lease (`kvstore.sessions`).
+Covers: the arena, slots in it, pins, eviction. Does not cover: who holds which lease (`kvstore.desk`).
 
 A slot is in one of three states, and its pages belong to it until the last step:
 

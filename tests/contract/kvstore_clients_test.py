@@ -12,7 +12,7 @@ from kvstore.testing import FaultyStoreClient, MemoryStore, MemoryStoreClient
 from kvstore.testing.poll import wait_until
 from kvstore.testing.process import StoreProcess
 from kvstore.testing.samples import sample_key
-from kvstore.testing.store_client import MIN_CAPACITY_BYTES, StoreClientContract
+from kvstore.testing.store_client import MIN_CAPACITY_BYTES, SOON_S, StoreClientContract
 
 SECRET = b"a secret of a test cluster"
 
@@ -71,7 +71,7 @@ class TestNodeStoreClient(StoreClientContract):
         return NodeStoreClient(self.path, secret=SECRET, client_name="test")
 
     def leftovers(self) -> list[str]:
-        stats = self.observer.stat(deadline_s=5.0)
+        stats = self.observer.stat(deadline_s=SOON_S)
         assert stats is not None
         counts = {
             "read leases": stats.read_leases,

@@ -233,6 +233,21 @@ async def test_stranger_gets_nothing_and_is_not_believed(node: Node) -> None:
         await asyncio.gather(waiting, return_exceptions=True)
 
 
+@pytest.mark.timeout(60)
+async def test_close_does_not_wait_for_a_question_without_an_answer() -> None:
+    gone = Node()
+    endpoint = gone.endpoint
+    await gone.publisher.stop()
+    feed = DirectoryFeed(endpoint, secret=SECRET, answer_s=DEADLINE_S)
+    waiting = asyncio.create_task(Reader(feed).next())
+    done, _ = await asyncio.wait({waiting}, timeout=0.1)
+    assert not done
+    feed.close()
+    feed.close()
+    waiting.cancel()
+    await asyncio.gather(waiting, return_exceptions=True)
+
+
 async def test_taken_port_says_so(node: Node) -> None:
     with pytest.raises(PortTakenError, match=f"127.0.0.1:{node.ports[0]}"):
         Node(ports=node.ports)

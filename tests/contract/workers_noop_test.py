@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import time
 from contextlib import AsyncExitStack
 
 import aiohttp
@@ -179,6 +180,54 @@ class TestQueue:
             whole = pair.prompt(salt + "b", 450, 20)
             got = await pair.ask(remote(whole, pair.prefill_url))
             assert (got.status, got.headers["x-learnonce-fallback"]) == (200, "not_stored")
+
+
+class TestCounts:
+    """What is counted says what happened."""
+
+    async def test_nobody_left_a_request_that_was_answered(self, pair, salt):
+        before = await pair.metric(pair.decode_url, "learnonce_decode_ended_total")
+        assert (await pair.ask(make_plan(pair.prompt(salt)))).status == 200
+        assert (await pair.stream(make_plan(pair.prompt(salt)))).events[-1] == "[DONE]"
+        assert await pair.metric(pair.decode_url, "learnonce_decode_ended_total") == before
+
+    async def test_a_span_that_is_not_to_be_saved_is_not_missed(self, pair, salt):
+        name = "learnonce_prefill_chunks_not_stored_total"
+        before = await pair.metric(pair.prefill_url, name)
+        prompt = pair.prompt(salt)
+        assert not prompt.spans[-1].save
+        assert (await pair.prefill(remote(prompt, pair.prefill_url)))[0] == 200
+        assert await pair.metric(pair.prefill_url, name) == before
+
+    async def test_a_dead_engine_is_a_failure_and_no_full_queue(self, salt):
+        # Nobody looks after the engine: its own error is what ends the request.
+        async with noop_pair(life=LifeSettings(engine_check_s=3600.0)) as pair:
+            name = "learnonce_prefill_requests_total"
+            full, failed = [await pair.metric(pair.prefill_url, name, outcome=o) for o in ("full", "failed")]
+            asking = asyncio.create_task(pair.prefill(remote(pair.prompt(salt, *pair.long_lengths), pair.prefill_url)))
+            await eventually(lambda: pair.prefill_engine.queued_prompt_tokens)
+            pair.prefill_engine.kill()
+            assert (await asking)[0] == 503
+            assert await pair.metric(pair.prefill_url, name, outcome="full") == full
+            assert await pair.metric(pair.prefill_url, name, outcome="failed") == failed + 1
+
+
+async def test_a_body_that_never_ends_does_not_outlive_the_plan(pair):
+    plan = sign_plan(make_plan(deadline_unix_s=time.time() + 0.2), secret=SECRET)
+    for url, path in ((pair.decode_url, CHAT), (pair.prefill_url, "/internal/prefill")):
+        header = (
+            plan
+            if path == CHAT
+            else sign_plan(remote(pair.prompt("slow"), pair.prefill_url, deadline_s=0.2), secret=SECRET)
+        )
+        host, port = url.removeprefix("http://").split(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        head = f"POST {path} HTTP/1.1\r\nhost: x\r\n{PLAN_HEADER}: {header}\r\ncontent-length: 100\r\n\r\n{{"
+        writer.write(head.encode())
+        assert b" 504 " in await asyncio.wait_for(reader.readline(), 5)
+        writer.close()
+        await writer.wait_closed()
+    assert pair.decode_engine.running_requests == 0
 
 
 async def test_large_plans_and_bodies_pass(salt):

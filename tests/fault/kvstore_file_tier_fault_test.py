@@ -11,6 +11,7 @@ from cluster.clock import ManualClock
 from kvstore.testing.samples import sample_key
 from kvstore.testing.tier import record_of
 from kvstore.tiers import file as file_module
+from kvstore.tiers import folder as folder_module
 from kvstore.tiers.file import FileTier
 from kvstore.tiers.folder import FolderBusyError, FolderUnusableError
 
@@ -152,3 +153,24 @@ def test_files_are_for_this_user_only(tmp_path: Path) -> None:
     for path in (tmp_path / "tier").rglob("*"):
         assert path.stat().st_mode & 0o077 == 0, path
     assert (tmp_path / "tier").stat().st_mode & 0o077 == 0
+
+
+def test_full_disk_at_the_start_is_an_unusable_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    before = len(os.listdir("/proc/self/fd"))
+    with monkeypatch.context() as patch:
+        patch.setattr(folder_module.os, "pwrite", full)
+        with pytest.raises(FolderUnusableError, match="cannot be locked"):
+            FileTier(tmp_path, capacity_bytes=1 << 20)
+    assert len(os.listdir("/proc/self/fd")) == before
+    FileTier(tmp_path, capacity_bytes=1 << 20).close()
+
+
+def test_folder_that_cannot_be_scanned_says_so_and_is_given_up(tmp_path: Path) -> None:
+    (tmp_path / "ab").write_text("no folder")
+    with pytest.raises(FolderUnusableError, match="cannot be read"):
+        FileTier(tmp_path, capacity_bytes=1 << 20)
+    (tmp_path / "ab").unlink()
+    FileTier(tmp_path, capacity_bytes=1 << 20).close()

@@ -14,12 +14,14 @@ import pytest
 
 from kvstore.client import NodeStoreClient
 from kvstore.connection import StoreConnection
+from kvstore.node import NodeStore
 from kvstore.protocol import Granted, Lookup, Read, Release, Stats
 from kvstore.settings import FileTierSettings, StoreSettings
 from kvstore.testing.poll import wait_until
 from kvstore.testing.process import StoreProcess
 from kvstore.testing.samples import sample_key, sample_meta, sample_payload
 from kvstore.testing.store_client import LATE_S, SOON_S, read_bytes, write_chunk
+from kvstore.tiers.folder import FolderBusyError
 
 SECRET = b"a secret of a test cluster"
 DEADLINE_S = 0.3
@@ -30,8 +32,8 @@ def store(tmp_path: Path) -> Iterator[StoreProcess]:
     settings = StoreSettings(
         host_bytes=4 << 20,
         file=FileTierSettings(folder=str(tmp_path / "files"), capacity_bytes=64 << 20),
-        handshake_s=0.5,
-        reservation_s=1.0,
+        handshake_s=1.0,
+        reservation_s=3.0,
     )
     with StoreProcess(settings, secret=SECRET, socket_path=str(tmp_path / "s")) as store:
         yield store
@@ -83,7 +85,7 @@ def test_store_killed_between_lookup_and_read(store: StoreProcess, client: NodeS
     assert client.lookup([sample_key(1)], deadline_s=SOON_S) == [True]
     store.kill()
     start_s = time.monotonic()
-    assert read_bytes(client, [sample_key(1)], SOON_S) == [None]
+    assert read_bytes(client, [sample_key(1)], 60.0) == [None]
     assert time.monotonic() - start_s < LATE_S
     store.restart()
     wait_until(lambda: client.lookup([sample_key(1)], deadline_s=1.0) == [True], what="the store's next life")
@@ -288,6 +290,59 @@ def test_expired_reservation_frees_its_key_but_not_its_memory(store: StoreProces
     other.close()
     client.lookup([], deadline_s=1.0)
     assert_nothing_left(client)
+
+
+def test_commit_after_close_touches_nobodys_memory(store: StoreProcess, client: NodeStoreClient) -> None:
+    closed = NodeStoreClient(store.socket_path, secret=SECRET, client_name="closed")
+    late = closed.reserve(sample_key(1), sample_meta(2), 50_000, deadline_s=SOON_S)
+    assert late is not None
+    closed.close()
+    assert_nothing_left(client)
+    # The whole arena, so also the pages that the closed client had.
+    payload = write_chunk(client, 2, (4 << 20) - 4096)
+    assert not late.commit()
+    assert read_bytes(client, [sample_key(2)], SOON_S) == [payload]
+
+
+def test_lease_that_nobody_released_does_not_keep_a_dead_connection(
+    store: StoreProcess, client: NodeStoreClient
+) -> None:
+    write_chunk(client, 1, 50_000)
+    before = _descriptors()
+    leases = client.read([sample_key(1)], deadline_s=SOON_S)
+    store.kill()
+    del leases
+    store.restart()
+    stats_of(client)
+    wait_until(lambda: _descriptors() <= before, what="the dead connection's descriptors to be closed")
+
+
+def test_smaller_file_tier_after_a_restart(store: StoreProcess, client: NodeStoreClient) -> None:
+    for index in range(4):
+        write_chunk(client, index, 50_000)
+    wait_for_files(client, 4)
+    store.kill()
+    assert store.settings.file is not None
+    smaller = store.settings.file.model_copy(update={"capacity_bytes": 120_000})
+    store.settings = store.settings.model_copy(update={"file": smaller})
+    store.restart()
+    assert stats_of(client).tiers["file"].chunks == 2
+    held = client.lookup([sample_key(i) for i in range(4)], deadline_s=SOON_S)
+    assert held.count(True) == 2
+
+
+def test_second_store_on_the_folder_leaves_the_first_one_its_socket(
+    store: StoreProcess, client: NodeStoreClient
+) -> None:
+    payload = write_chunk(client, 1, 50_000)
+    assert store.settings.file is not None
+    settings = store.settings.model_copy(update={"file": store.settings.file.model_copy(update={"lock_wait_s": 0.0})})
+    second = NodeStore(settings, secret=SECRET, node_id="n", socket_path=store.socket_path, bind_host="127.0.0.1")
+    with pytest.raises(FolderBusyError):
+        second.start()
+    newcomer = NodeStoreClient(store.socket_path, secret=SECRET, client_name="newcomer")
+    assert read_bytes(newcomer, [sample_key(1)], SOON_S) == [payload]
+    newcomer.close()
 
 
 def test_expelled_client_keeps_its_memory_until_it_lets_go(store: StoreProcess, client: NodeStoreClient) -> None:

@@ -92,6 +92,8 @@ def test_answers_and_errors_come_through_serve(url: str) -> None:
     assert (status, answer["body"]["documents"]) == (200, [{"text": "a b c"}])
     assert answer["prompt_tokens"] > 10
     assert headers["x-request-id"]
+    with urllib.request.urlopen(urllib.request.Request(url + "/health", headers={"x-request-id": "abc-1"})) as response:
+        assert response.headers.get_all("x-request-id") == ["abc-1"]
     assert post(url + "/v1/chat/completions", b"{")[0] == 400
     status, answer, _ = post(url + "/v1/plan", CHAT)
     assert (status, answer["decode"]) == (200, "d0")

@@ -112,6 +112,7 @@ class FakeReplica:
     queued_prompt_tokens: int = 0
     draining: bool = False
     has_store: bool = True
+    num_metrics: int = 1
     answer: Callable[[web.Request, Plan], Awaitable[web.StreamResponse]] | None = None
     plans: list[Plan] = field(default_factory=list)
     bodies: list[bytes] = field(default_factory=list)
@@ -158,7 +159,8 @@ class FakeReplica:
         )
 
     async def _metrics(self, _: web.Request) -> web.Response:
-        page = '# HELP vllm_running Requests\n# TYPE vllm_running gauge\nvllm_running{engine="0"} 1.0\nbare 2\n'
+        page = '# HELP vllm_running Requests\n# TYPE vllm_running gauge\nvllm_running{engine="0"} 1.0\n'
+        page += "bare 2\n" * self.num_metrics
         return web.Response(text=page)
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
@@ -297,6 +299,7 @@ async def box(
     settings: RouterSettings | None = None,
     api_keys: frozenset[str] = frozenset(),
     start_replicas: bool = True,
+    name_answers: bool = True,
 ) -> AsyncIterator[Box]:
     """A router on a free port in front of fake replicas; everything is closed at the end, and nothing is left over."""
     if start_replicas:
@@ -314,7 +317,7 @@ async def box(
     )
     tasks_before = asyncio.all_tasks()
     config = uvicorn.Config(
-        build_app(service, api_keys=api_keys),
+        build_app(service, api_keys=api_keys, name_answers=name_answers),
         port=0,
         log_config=None,
         lifespan="on",

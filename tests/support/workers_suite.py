@@ -123,6 +123,9 @@ class PlanSuite:
             for path in ("/v1/responses", "/v1/messages", "/invocations", "/v1/chat/completions/batch"):
                 async with session.post(pair.decode_url + path, json={}) as response:
                     assert response.status == 404
+            for path in ("/tokenize", "/detokenize"):
+                async with session.post(pair.decode_url + path, json={"prompt": "x"}) as response:
+                    assert response.status == 403
             for path in ("/health", "/metrics", "/v1/models", "/version"):
                 async with session.get(pair.decode_url + path) as response:
                     assert response.status == 200

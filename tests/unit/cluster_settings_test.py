@@ -38,7 +38,7 @@ def test_file_named_by_the_environment_is_found(tmp_path, monkeypatch):
     ("text", "expected"),
     [
         ("cluster: {prot: 1}", "cluster.prot: unknown setting; did you mean 'port'?"),
-        ("clutser: {port: 1}", "clutser: unknown setting; did you mean 'cluster'?"),
+        ("closter: {port: 1}", "closter: unknown setting; did you mean 'cluster'?"),
         ("cluster: {port: eighty}", "cluster.port: Input should be a valid integer"),
         ("cluster: {port: 70000}", "cluster.port: Input should be less than or equal to 65535"),
         ("- a\n- b", "expected names and values at the top, found list"),

@@ -122,3 +122,19 @@ def test_every_tally_name_has_a_metric() -> None:
     assert set(SECONDS) == set(get_args(Series))
     metrics = [*COUNTERS.values(), *LABELLED.values(), *SECONDS.values()]
     assert all(DEFINITIONS[metric.name].when_it_moves for metric in metrics)
+
+
+@pytest.mark.parametrize("at_byte", [70_000, 10_000_000, 33_333_333, 66_000_000])
+def test_digest_sees_one_changed_tensor(tmp_path: Path, at_byte: int) -> None:
+    """A fine-tune may change a few tensors only: here a five-hundredth of a file of 64 MiB."""
+    size_bytes = 64 << 20
+
+    def digest(name: str, changed: bytes) -> str:
+        (tmp_path / name).mkdir()
+        with (tmp_path / name / "model.safetensors").open("wb") as file:
+            file.truncate(size_bytes)
+            file.seek(at_byte)
+            file.write(changed)
+        return model_digest(str(tmp_path / name))
+
+    assert digest("plain", b"") != digest("tuned", b"x" * (size_bytes // 500))

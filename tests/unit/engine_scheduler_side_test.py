@@ -160,3 +160,16 @@ def test_bad_parameters_are_counted() -> None:
     side.add_request(Request(80, None))
     assert side.num_tracked == 0
     assert tally.drain() == {"counts": {"params_rejected": 1}, "seconds": {}}
+
+
+def test_an_error_while_saves_are_planned_loses_no_load() -> None:
+    side, request = make(80, load=spans(0, 50), save=spans(50, 80))
+    side.blocks_allocated(request, range(9), side.num_loadable(request, 0))
+    item = ScheduledRequest(request_id="r", num_computed_tokens=0, num_scheduled_tokens=80)
+
+    def broken(request_id: str) -> list[int]:
+        raise KeyError(request_id)
+
+    with pytest.raises(KeyError):
+        side.take_step([item], blocks_of=broken)
+    assert [load.request_id for load in step(side, 0, 0)[0]] == ["r"]

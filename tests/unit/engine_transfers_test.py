@@ -90,7 +90,7 @@ def put(client: Any, span: ChunkSpan, **changes: Any) -> None:
     assert write.commit()
 
 
-def until(condition: Callable[[], bool], *, deadline_s: float = 5.0) -> None:
+def until(condition: Callable[[], bool], *, deadline_s: float = 30.0) -> None:
     stop_s = time.monotonic() + deadline_s
     while not condition():
         assert time.monotonic() < stop_s
@@ -160,7 +160,7 @@ def rig() -> Iterator[Rig]:
     assert rig.store.leftovers() == []
 
 
-def op(start: int = 0, stop: int = 30, deadline_s: float = 5.0) -> LoadOp:
+def op(start: int = 0, stop: int = 30, deadline_s: float = 30.0) -> LoadOp:
     spans = tuple(span for span in SPANS if span.stop > start and span.start < stop)
     return LoadOp(request_id="r", spans=spans, start=start, stop=stop, block_ids=BLOCK_IDS, deadline_s=deadline_s)
 
@@ -246,7 +246,7 @@ class HangingClient(MemoryStoreClient):
 
     def read(self, keys: Sequence[Any], *, deadline_s: float) -> list[Any]:
         self.entered.set()
-        self.go_on.wait(20)
+        self.go_on.wait(60)
         return super().read(keys, deadline_s=deadline_s)
 
 
@@ -256,7 +256,7 @@ def test_a_read_that_hangs_is_given_up_and_its_leases_return(rig: Rig, dropped: 
     rig.client = client = HangingClient(rig.store)
     loader = rig.loader()
     loader.submit(op(stop=10, deadline_s=1.0))
-    assert client.entered.wait(5)
+    assert client.entered.wait(30)
     if dropped:
         assert loader.drop("r")
         assert not loader.drop("r")
@@ -298,7 +298,7 @@ def test_saved_chunks_are_what_was_in_the_blocks(rig: Rig) -> None:
     for span in SPANS:
         saver.save(save_op(span))
     rig.blocks.rows.zero_()
-    assert saver.flush(deadline_s=5.0)
+    assert saver.flush(deadline_s=30.0)
     for span, lease in zip(SPANS, rig.client.read([s.key for s in SPANS], deadline_s=1.0), strict=True):
         with lease:
             assert (lease.meta.base_position, lease.meta.num_tokens) == (span.start, 10)
@@ -324,7 +324,7 @@ def test_a_store_that_does_not_take_it(rig: Rig, fault: Fault | None, outcome: s
     rig.client = FaultyStoreClient(rig.client, named={SPANS[0].key: fault} if fault else {})
     saver = rig.saver()
     saver.save(save_op(SPANS[0] if fault else SPANS[1]))
-    assert saver.flush(deadline_s=5.0)
+    assert saver.flush(deadline_s=30.0)
     assert rig.count(f"saves.{outcome}") == 1
     assert rig.store.keys() == [SPANS[1].key]
 
@@ -336,5 +336,5 @@ def test_errors_on_either_side_are_counted_and_leave_nothing_staged(rig: Rig) ->
     rig.blocks.broken = False
     rig.client = None
     saver.save(save_op(SPANS[0]))
-    assert saver.flush(deadline_s=5.0)
+    assert saver.flush(deadline_s=30.0)
     assert (saver.staged_bytes, rig.count("saves.error")) == (0, 2)

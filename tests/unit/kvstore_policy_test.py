@@ -55,3 +55,11 @@ def test_breaker_pauses_longer_and_longer_until_a_success() -> None:
     breaker.record_success()
     breaker.record_failure(now_s=now_s)
     assert breaker.allows(now_s=now_s + 1.0)
+
+
+def test_failures_of_one_moment_make_one_pause() -> None:
+    breaker = Breaker(failures=1, first_pause_s=1.0, max_pause_s=8.0)
+    for now_s in (0.0, 0.0, 0.1, 0.9):
+        breaker.record_failure(now_s=now_s)
+    assert not breaker.allows(now_s=0.99)
+    assert breaker.allows(now_s=1.0)

@@ -197,8 +197,10 @@ async def test_errors_of_the_replica_are_the_clients(tmp_path: Path) -> None:
     async def bad(_request: web.Request, _plan: Plan) -> web.StreamResponse:
         return web.json_response({"error": {"message": "temperature must be >= 0"}}, status=400)
 
+    before = requests_total("rejected")
     async with box(tmp_path, [decode(answer=bad)]) as b:
         status, answer, _ = await b.post(CHAT, HELLO)
+        await wait_until(lambda: requests_total("rejected") == before + 1)
     assert (status, answer["error"]["message"]) == (400, "temperature must be >= 0")
 
 
@@ -280,6 +282,29 @@ async def test_too_large_a_body_is_refused_with_and_without_a_declared_length(tm
             assert (await response.json())["error"]["code"] == "body_too_large"
 
 
+async def test_a_body_that_never_ends_does_not_outlive_the_deadline(tmp_path: Path) -> None:
+    settings = quiet(deadlines=DeadlineSettings(request_s=0.3))
+    async with box(tmp_path, [decode()], settings=settings) as b:
+        host, port = b.url.removeprefix("http://").split(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{{".encode())
+        assert b" 408 " in await asyncio.wait_for(reader.readline(), 5)
+        writer.close()
+        await writer.wait_closed()
+
+
+@pytest.mark.parametrize("name_answers", [True, False])
+async def test_an_answer_carries_its_request_id_once_or_leaves_it_to_the_proxy(
+    tmp_path: Path, name_answers: bool
+) -> None:
+    d0 = decode()
+    async with box(tmp_path, [d0], name_answers=name_answers) as b:
+        for path in (CHAT, "/v1/nothing"):
+            async with b.http.post(b.url + path, json=HELLO, headers={"x-request-id": "abc"}) as response:
+                assert response.headers.getall("x-request-id", []) == ["abc"] * name_answers
+    assert d0.plans[0].request_id == "abc"
+
+
 async def test_unknown_paths_and_methods_are_openai_errors(tmp_path: Path) -> None:
     async with box(tmp_path, [decode()]) as b:
         status, answer = await b.get("/v1/nothing")
@@ -339,6 +364,15 @@ async def test_metrics_of_all_replicas_on_one_page(tmp_path: Path) -> None:
     assert page.count("# TYPE vllm_running gauge") == 1
     assert 'learnonce_router_ttft_seconds_count{mode="local"}' in page
     assert 'replica="p1"' not in page
+
+
+async def test_a_metrics_page_of_many_reads_is_whole_and_one_over_the_bound_is_left_out(tmp_path: Path) -> None:
+    long, longer = decode("d0", num_metrics=50_000), decode("d1", num_metrics=200_000)
+    settings = quiet(limits=LimitSettings(max_metrics_bytes=1 << 20))
+    async with box(tmp_path, [long, longer], settings=settings) as b, b.http.get(b.url + "/metrics") as response:
+        page = await response.text()
+    assert page.count('bare{replica="d0",role="decode"} 2') == 50_000
+    assert 'replica="d1"' not in page
 
 
 async def test_a_long_unknown_prompt_goes_remote_and_a_held_one_stays_local(tmp_path: Path) -> None:

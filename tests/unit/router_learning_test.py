@@ -21,6 +21,7 @@ from support.router_fakes import (
     decode,
     default_answer,
     die_silently,
+    never,
     prefill,
     quiet,
     wait_until,
@@ -32,7 +33,7 @@ from kvstore.keys import ChunkKey
 from kvstore.wire import Plan, Role, StoreEndpoint
 from router.directory import Directory
 from router.feeds import Feeds, store_feeds
-from router.settings import RuleSettings
+from router.settings import DeadlineSettings, LimitSettings, RuleSettings
 
 LONG = "fox " * 2000
 
@@ -120,6 +121,21 @@ async def test_learning_fails_per_passage(tmp_path: Path) -> None:
         assert "no prefill replica" in results[1]["error"]
         for body in ({}, {"documents": []}, {"documents": [{"text": "x"}], "system": 3}):
             assert (await b.post("/v1/documents", body))[0] == 400
+
+
+async def test_a_batch_longer_than_the_tokenizer_queue_is_learned(tmp_path: Path) -> None:
+    limits = LimitSettings(max_tokenizing=3, inline_body_bytes=0, max_learning=64)
+    async with box(tmp_path, [decode(), prefill()], settings=quiet(limits=limits)) as b:
+        results = await _learn(b, {"documents": [{"text": f"passage {i}"} for i in range(20)]})
+    assert [r["state"] for r in results] == ["learned"] * 20
+
+
+async def test_learning_answers_by_the_requests_deadline(tmp_path: Path) -> None:
+    settings = quiet(deadlines=DeadlineSettings(request_s=0.3), limits=LimitSettings(max_learning=1))
+    async with box(tmp_path, [decode(), prefill(answer=never)], settings=settings) as b:
+        results = await asyncio.wait_for(_learn(b, {"documents": [{"text": "a"}, {"text": "b"}]}), 5)
+    assert [r["state"] for r in results] == ["failed", "failed"]
+    assert all("deadline" in r["error"] for r in results)
 
 
 async def test_learning_moves_on_from_a_dead_prefill_replica(tmp_path: Path) -> None:

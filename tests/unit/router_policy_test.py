@@ -276,3 +276,16 @@ def test_bookings_end_in_parts_once_and_by_themselves() -> None:
     ledger.expire(9.0)
     late.end()
     assert (ledger.total(Role.PREFILL), ledger.total(Role.DECODE)) == (0, 0)
+
+
+def test_ended_bookings_are_forgotten_before_their_deadline() -> None:
+    ledger = Ledger()
+    promise = BookedTokens(Role.DECODE, "d", 10, False)
+    kept = [ledger.book([promise], expires_s=1e9) for _ in range(5)]
+    for _ in range(10_000):
+        ledger.book([promise], expires_s=1e9).end()
+    assert len(ledger._expiries) < 1000
+    assert ledger.total(Role.DECODE) == 50
+    ledger.expire(1e9)
+    assert ledger.total(Role.DECODE) == 0
+    assert not any(booking.is_open for booking in kept)

@@ -64,6 +64,20 @@ async def test_the_app_gets_the_whole_body_and_its_answer_passes():
     assert client.exchange.header("x-b") is None
 
 
+async def test_the_end_of_a_complete_answer_is_no_client_that_left():
+    client = Client()
+    await client.exchange.read_body(max_bytes=10)
+
+    async def app(_, receive, send):
+        await start(send)
+        await send({"type": "http.response.body", "body": b"{}", "more_body": False})
+        client.leave()  # what servers say once an answer is complete
+
+    await client.exchange.run(app)
+    await client.exchange._listener
+    assert not client.exchange.gone.is_set()
+
+
 async def test_a_body_over_the_bound_is_not_kept():
     client = Client(b"ab", b"cd")
     assert not await client.exchange.read_body(max_bytes=3)
