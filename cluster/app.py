@@ -6,7 +6,7 @@ Covers: the graph of router, decode and prefill deployments. Does not cover: whe
 
 import os
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from ray import serve
 from ray.serve import Application
@@ -15,9 +15,11 @@ from cluster.local import SECRET_VARIABLE
 from cluster.resolve import role_engines
 from cluster.settings import Settings
 from decode_workers.actor import DecodeWorker
+from decode_workers.settings import DecodeSettings
 from kvstore.engine.settings import EngineSettings
 from kvstore.engine.worker import WorkerRuntime
 from prefill_workers.actor import PrefillWorker
+from prefill_workers.settings import PrefillSettings
 from router.actor import RouterIngress
 from router.ingress import API_KEYS_VARIABLE
 
@@ -27,8 +29,13 @@ _HEALTH_PERIOD_S: Final = 2.0
 _HEALTH_TIMEOUT_S: Final = 10.0
 _DRAIN_MARGIN_S: Final = 10.0
 """On top of the drain: closing the engine's processes."""
+_MAX_QUEUED: Final = 1024
+"""Requests that Serve may hold for a busy router; more are refused at once."""
 _MAX_ONGOING: Final = 1000
 """Calls of Serve handles (reports); requests do not come this way."""
+
+
+RoleSettings = TypeVar("RoleSettings", PrefillSettings, DecodeSettings)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,14 +67,16 @@ def application(settings: Settings, runtime: Runtime) -> Application:
     prefill = None
     if settings.cluster.prefill_replicas:
         prefill = _worker(PrefillWorker, "Prefill", settings, runtime, settings.cluster.prefill_replicas).bind(
-            settings.prefill, prefill_engine, store, runtime=place
+            _drained(settings.prefill, settings), prefill_engine, store, runtime=place
         )
     decode = _worker(DecodeWorker, "Decode", settings, runtime, settings.cluster.decode_replicas).bind(
-        settings.decode, decode_engine, store, runtime=place
+        _drained(settings.decode, settings), decode_engine, store, runtime=place
     )
     deployment: Any = RouterIngress  # Serve's decorator made a Deployment of the class
     environment = _environment(settings, runtime, API_KEYS_VARIABLE)
-    router = deployment.options(ray_actor_options={"num_cpus": 0, **environment}, **_times(settings))
+    router = deployment.options(
+        ray_actor_options={"num_cpus": 0, **environment}, max_queued_requests=_MAX_QUEUED, **_times(settings)
+    )
     bound: Application = router.bind(
         settings.router,
         settings.engine.model,
@@ -78,6 +87,11 @@ def application(settings: Settings, runtime: Runtime) -> Application:
         log_json=settings.log.json_lines,
     )
     return bound
+
+
+def _drained(role: RoleSettings, settings: Settings) -> RoleSettings:
+    """A role's settings with the cluster's drain: Serve's own bound follows the same number."""
+    return role.model_copy(update={"life": role.life.model_copy(update={"drain_s": settings.cluster.drain_s})})
 
 
 def served_model_name(engine: EngineSettings) -> str:

@@ -147,9 +147,8 @@ class Supervisor:
             self._stop.wait(_POLL_S)
 
     def _await_ready(self) -> None:
-        url = f"{self._progress.state.url}/ready"
         while not self._stop.is_set():
-            ready, detail = ask_ready(url)
+            ready, detail = ask_ready(self._progress.state.url, self._settings)
             if ready:
                 return
             self._progress.update(_STEP_READY, "working", detail)
@@ -237,9 +236,7 @@ def deploy_to_running_ray(settings: Settings, folder: StateFolder, *, url: str) 
         with progress.step(_STEP_HTTP):
             start_http(settings)
         deploy(settings, Runtime(runtime_dir=state.runtime_dir, secret_hex=folder.cluster_secret().hex()))
-        while (
-            not all([_mark(progress, *seen) for seen in deployment_states(names)]) or not ask_ready(f"{url}/ready")[0]
-        ):
+        while not all([_mark(progress, *seen) for seen in deployment_states(names)]) or not ask_ready(url, settings)[0]:
             if time.monotonic() > stop_s:
                 raise DeployFailedError(
                     f"not ready after {settings.cluster.start_deadline_s:.0f} s: see `serve status`"
@@ -272,18 +269,30 @@ def _mark(progress: Progress, name: str, state: str, detail: str) -> bool:
     return state == "done"
 
 
-def ask_ready(url: str) -> tuple[bool, str]:
-    """Whether the API can answer requests, and what it waits for."""
+def ask_ready(url: str, settings: Settings) -> tuple[bool, str]:
+    """Whether the API answers and its router knows every replica with its node's store, and what is missing."""
     try:
-        with urllib.request.urlopen(url, timeout=2.0) as answer:
-            return answer.status == 200, ""
+        with urllib.request.urlopen(f"{url}/ready", timeout=2.0) as answer:
+            return missing_workers(json.load(answer)["workers"], settings)
     except urllib.error.HTTPError as error:
         with contextlib.suppress(ValueError):
             body: dict[str, Any] = json.loads(error.read())
-            return False, str(body.get("waiting_for", ""))
+            return False, ", ".join(body.get("waiting_for", ()))
         return False, f"HTTP {error.code}"
     except OSError:
         return False, "no answer yet"
+
+
+def missing_workers(workers: list[dict[str, Any]], settings: Settings) -> tuple[bool, str]:
+    """Whether the listed workers are all that the settings ask for, and which are missing."""
+    wanted = {"prefill": settings.cluster.prefill_replicas, "decode": settings.cluster.decode_replicas}
+    usable = [worker["role"] for worker in workers if worker["state"] == "ready" and worker["store_epoch"]]
+    missing = [
+        f"{count - usable.count(role)} {role} replica(s) to report with a node store"
+        for role, count in wanted.items()
+        if usable.count(role) < count
+    ]
+    return not missing, ", ".join(missing)
 
 
 def main() -> int:

@@ -98,12 +98,11 @@ def _gguf_path() -> Path:
 def _convert(gguf: Path, folder: Path) -> None:
     """Dequantise a GGUF file into a Hugging Face folder with bfloat16 weights and the tokenizer."""
     # Heavy imports here: everything else in this module must stay cheap for the CLI.
+    # The caller shows what is being done; bars of three libraries would only tear that apart.
+    os.environ["TQDM_DISABLE"] = "1"
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-    from transformers.utils import logging
 
-    # The caller shows what is being done; bars of three libraries would only tear that apart.
-    logging.disable_progress_bar()
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     model = AutoModelForCausalLM.from_pretrained(
         **source, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)

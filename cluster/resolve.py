@@ -23,6 +23,7 @@ _NOOP_BYTES: Final = _GIB // 8
 _RAY_BYTES: Final = _GIB
 """GCS, raylet, agents, Serve's controller and proxy, the router (measured: 1.0 GB)."""
 _DEFAULT_KV_BYTES: Final = _GIB
+_LOOPBACK: Final = ("127.0.0.1", "::1", "localhost")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +61,11 @@ def resolve(settings: Settings, machine: Facts, *, model_path: str) -> Settings:
     resolved = settings.model_copy(update={"engine": engine, "store": _store(settings)})
     if settings.cluster.address == "local":
         _require_memory(resolved, machine)
+    elif settings.cluster.host in _LOOPBACK:
+        raise SettingsError(
+            f"cluster.host {settings.cluster.host} is reached from its own node only, and cluster.address names a Ray "
+            "cluster: --set cluster.host=0.0.0.0 listens on every node's own address"
+        )
     return resolved
 
 

@@ -33,7 +33,7 @@ class ClusterSettings(SettingsBase):
     address: str = "local"
     """`local` starts a Ray of its own on this machine; `auto` or `host:port` uses a Ray cluster that runs already."""
     host: str = "127.0.0.1"
-    """Interface of the HTTP API. Replicas listen on the same one."""
+    """Interface of the HTTP API. Replicas listen on the same one; with a wildcard, on their node's address."""
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
     """Port of the HTTP API."""
     state_dir: str = "~/.local/state/learnonce"

@@ -152,13 +152,14 @@ def stop_node_stores(*, namespace: str, drain_s: float = 5.0) -> int:
         namespace: Ray namespace given to `ensure_node_store`.
         drain_s: Longest time for writing what is queued, per store.
     """
-    found = [
-        ray.get_actor(entry["name"], namespace=namespace)
-        for entry in ray.util.list_named_actors(all_namespaces=True)
-        if entry["namespace"] == namespace and entry["name"].startswith(_NAME_PREFIX)
-    ]
+    found = []
+    for entry in ray.util.list_named_actors(all_namespaces=True):
+        if entry["namespace"] == namespace and entry["name"].startswith(_NAME_PREFIX):
+            with contextlib.suppress(ValueError):  # gone since it was listed
+                found.append(ray.get_actor(entry["name"], namespace=namespace))
     for actor in found:
-        with contextlib.suppress(ray.exceptions.GetTimeoutError, ray.exceptions.RayActorError):
+        # One that hangs, is dead, or fails to stop is killed like the others.
+        with contextlib.suppress(ray.exceptions.RayError):
             ray.get(actor.stop.remote(drain_s), timeout=drain_s + 1.0)
         ray.kill(actor, no_restart=True)
     return len(found)

@@ -18,6 +18,7 @@ from typing import Any, Final
 
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cluster.errors import LearnonceError
@@ -62,6 +63,7 @@ def build_app(service: RouterService, *, api_keys: frozenset[str] | None = None,
     _add_learning(app, service)
     app.add_exception_handler(LearnonceError, _on_error)
     app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(ClientDisconnect, _on_disconnect)
     app.add_exception_handler(Exception, _on_error)
     app.add_middleware(_EdgeMiddleware, api_keys=keys, name_answers=name_answers)
     return app
@@ -170,6 +172,9 @@ async def _generation_request(
         return client, _parse(decode_json(client.body), endpoint, service)
     except RequestError:
         REQUESTS_TOTAL.labels("rejected").inc()
+        raise
+    except ClientDisconnect:
+        REQUESTS_TOTAL.labels("cancelled").inc()
         raise
 
 
@@ -290,6 +295,11 @@ async def _on_error(request: Request, error: Exception) -> Response:
     if not isinstance(error, LearnonceError):
         log.error("request_failed request=%s", request.scope["state"]["request_id"], exc_info=error)
     return _response(answer_for(error))
+
+
+async def _on_disconnect(_request: Request, _error: Exception) -> Response:
+    """Nobody reads it: the client left while it sent its body, which is no error of ours."""
+    return Response(status_code=499)
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:

@@ -127,6 +127,8 @@ def engine_environment(
     """
     plan = resolve(settings, facts or machine_facts(), replica_rank=replica_rank, num_replicas=num_replicas)
     environment = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+    # vLLM's app would ask our own router for a key that the user has set for another server.
+    environment["VLLM_API_KEY"] = ""
     if plan.device == "cpu":
         cores = ",".join(str(core) for core in plan.cpus)
         environment |= {

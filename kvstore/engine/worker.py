@@ -53,7 +53,7 @@ class LifeSettings(SettingsBase):
     """When a worker waits, and for how long."""
 
     drain_s: PositiveFloat = 30.0
-    """Seconds that requests get to finish when the worker is told to stop."""
+    """Seconds that requests get to finish when the worker is told to stop; a cluster puts `cluster.drain_s` here."""
     engine_check_s: PositiveFloat = 0.1
     """Seconds between two looks at whether the engine is alive."""
     death_grace_s: PositiveFloat = 1.0

@@ -26,7 +26,7 @@ from kvstore.testing.store_client import write_chunk
 from kvstore.wire import StoreEndpoint
 
 SECRET = b"a secret of a test cluster"
-DEADLINE_S = 10.0
+DEADLINE_S = 30.0
 BEAT_S = 0.05
 
 

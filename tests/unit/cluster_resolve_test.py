@@ -38,7 +38,7 @@ def test_too_little_memory_names_parts_and_remedy():
 
 
 def test_memory_of_another_machines_cluster_is_not_checked():
-    chosen = settings(cluster={"address": "auto"})
+    chosen = settings(cluster={"address": "auto", "host": "0.0.0.0"})
     assert resolve(chosen, machine(0), model_path="/m").engine.model == "/m"
 
 
@@ -83,3 +83,8 @@ def test_two_clusters_on_one_machine_share_no_folder():
 
 def test_no_file_tier_stays_none():
     assert resolve(settings(store={"file": None}), machine(), model_path="/m").store.file is None
+
+
+def test_loopback_on_a_cluster_of_machines_is_refused():
+    with pytest.raises(SettingsError, match=r"cluster\.host=0\.0\.0\.0"):
+        resolve(settings(cluster={"address": "auto"}), machine(), model_path="/m")

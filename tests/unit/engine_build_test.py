@@ -39,6 +39,8 @@ def test_cores(chosen: tuple[str, ...], rank: int, replicas: int, expected: tupl
     assert environment["VLLM_CPU_OMP_THREADS_BIND"] == cores
     assert environment["OMP_PLACES"] == f"{{{cores}}}"
     assert environment["OMP_NUM_THREADS"] == str(len(expected))
+    # A key for another vLLM server must not shut the router out of ours.
+    assert environment["VLLM_API_KEY"] == ""
 
 
 @pytest.mark.parametrize(("chosen", "rank"), [(("2",), 1), (("4",), 0)])

@@ -293,6 +293,21 @@ async def test_a_body_that_never_ends_does_not_outlive_the_deadline(tmp_path: Pa
         await writer.wait_closed()
 
 
+async def test_a_client_that_goes_away_while_it_sends_is_no_error(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = requests_total("cancelled")
+    async with box(tmp_path, [decode()]) as b:
+        host, port = b.url.removeprefix("http://").split(":")
+        _, writer = await asyncio.open_connection(host, int(port))
+        writer.write(f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{{".encode())
+        await writer.drain()
+        writer.close()
+        await writer.wait_closed()
+        await wait_until(lambda: requests_total("cancelled") == before + 1)
+    assert "ClientDisconnect" not in caplog.text
+
+
 @pytest.mark.parametrize("name_answers", [True, False])
 async def test_an_answer_carries_its_request_id_once_or_leaves_it_to_the_proxy(
     tmp_path: Path, name_answers: bool
