@@ -10,10 +10,12 @@ import time
 import urllib.error
 import urllib.request
 
+import openai
 import psutil
 import pytest
 from rich.console import Console
 from support.live import LiveCluster, Load, kill, until
+from support.openai_suite import OpenAISuite
 
 from cluster.demo import load_documents, load_questions, run_demo
 
@@ -32,6 +34,7 @@ def cluster(tmp_path_factory):
         {
             "engine.max_model_len": 8192,
             "engine.kv_cache_bytes": 1 << 30,
+            "engine.tool_call_parser": "hermes",
             "store.host_bytes": 1 << 30,
             "store.file": {"folder": str(tmp_path_factory.mktemp("chunks"))},
             "router.deadlines.request_s": REQUEST_S,
@@ -108,6 +111,19 @@ def test_bad_input_is_answered_in_openais_format(cluster, body, status):
     assert error["message"]
     assert error["type"]
     assert cluster.ready()
+
+
+class TestOpenAIThroughTheIngress(OpenAISuite):
+    """The same list as on a worker's own port, now through Serve's proxy and the router."""
+
+    @pytest.fixture
+    def model(self):
+        return "SmolLM2-135M-Instruct"
+
+    @pytest.fixture
+    async def client(self, cluster):
+        async with openai.AsyncOpenAI(base_url=f"{cluster.url}/v1", api_key="none", max_retries=0) as made:
+            yield made
 
 
 def victim_decode_engine(cluster):

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from support.engine_harness import Ask, EngineProcess, chunk_spans
 
 from kvstore.client import NodeStoreClient
-from kvstore.engine.harness import Ask, EngineProcess, chunk_spans
 from kvstore.engine.params import ChunkSpan, build_transfer_params
 from kvstore.engine.settings import ConnectorSettings, EngineSettings
 from kvstore.keys import chain_keys, root_key

@@ -3,7 +3,7 @@
 Covers: starting an engine exactly as a worker does (environment, arguments, `AsyncLLM`), asking it, killing it.
 Does not cover: HTTP, plans, Ray (`*_workers`).
 
-Parent and child exchange one JSON object per line. The child is `python -m kvstore.engine.harness`.
+Parent and child exchange one JSON object per line. The child is `python -m support.engine_harness`.
 """
 
 import asyncio
@@ -31,7 +31,7 @@ from kvstore.engine.worker_side import SECRET_ENV
 from kvstore.keys import ChunkKey, KvScope
 from kvstore.wire import Role
 
-_PROBE = "kvstore.engine.harness.ConnectorProbe"
+_PROBE = "support.engine_harness.ConnectorProbe"
 
 
 class EngineGoneError(UnavailableError):
@@ -92,11 +92,18 @@ class EngineProcess:
         binding = engine_environment(settings, replica_rank=replica_rank, num_replicas=num_replicas)
         self._log = log.open("ab")
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "kvstore.engine.harness"],
+            [sys.executable, "-m", "support.engine_harness"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
-            env={**os.environ, **binding, "HF_HUB_OFFLINE": "1", SECRET_ENV: secret.hex()},
+            env={
+                **os.environ,
+                **binding,
+                "HF_HUB_OFFLINE": "1",
+                SECRET_ENV: secret.hex(),
+                # The child and vLLM's own processes import this module by its name.
+                "PYTHONPATH": str(Path(__file__).parents[1]),
+            },
         )
         self._answers: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         threading.Thread(target=self._pump, name="engine-answers", daemon=True).start()
