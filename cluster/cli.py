@@ -45,7 +45,7 @@ err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 ConfigOption = Annotated[
     str | None,
-    typer.Option("--config", "-c", help="YAML file with settings [default: ./learnonce.yaml if it is there]"),
+    typer.Option("--config", "-c", help="YAML file with settings (./learnonce.yaml if it is there)"),
 ]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="One setting, for example --set cluster.port=8001; repeatable")
@@ -147,6 +147,9 @@ def demo(
     from cluster.demo import run_demo
 
     settings = read_settings(config_file, overrides or ())
+    if not keep:
+        # A cluster for two minutes must not fill the user's cache with chunks that nobody asks for again.
+        settings = settings.model_copy(update={"store": settings.store.model_copy(update={"file": None})})
     run_demo(settings, keep=keep, console=out, start=start_cluster, stop=stop_cluster)
 
 

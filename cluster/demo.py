@@ -66,7 +66,7 @@ def run_demo(
         console.print(
             "Cold: nothing learned, the prefill replica computes the prompt. Warm: its documents were learned by the "
             "prefill replica,\nthe decode replica loads their KV from the node store. Same model, same cores, same "
-            "answers up to bfloat16 rounding."
+            "answers up to the engine's rounding."
         )
     finally:
         if not keep:

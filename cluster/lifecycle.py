@@ -108,7 +108,7 @@ class Supervisor:
 
     def run(self) -> None:
         """Start, wait until told to stop, stop."""
-        self._progress.plan([_STEP_RAY, _STEP_HTTP, *_STEPS.values(), _STEP_READY])
+        self._progress.plan([_STEP_RAY, _STEP_HTTP, *deployment_steps(self._settings).values(), _STEP_READY])
         try:
             with self._progress.step(_STEP_RAY):
                 self._start_ray()
@@ -140,7 +140,7 @@ class Supervisor:
     def _deploy(self) -> None:
         runtime = Runtime(runtime_dir=self._progress.state.runtime_dir, secret_hex=self._secret.hex())
         deploy(self._settings, runtime)
-        names = list(_STEPS)
+        names = list(deployment_steps(self._settings))
         while not self._stop.is_set():
             if all([_mark(self._progress, *seen) for seen in deployment_states(names)]):
                 return
@@ -168,6 +168,11 @@ class Supervisor:
                 stop_node_stores(namespace=RAY_NAMESPACE)
             ray.shutdown()
         deadline.cancel()
+
+
+def deployment_steps(settings: Settings) -> dict[str, str]:
+    """Deployments of these settings by name, and what start-up waits for in each."""
+    return {name: step for name, step in _STEPS.items() if name != "Prefill" or settings.cluster.prefill_replicas}
 
 
 def start_http(settings: Settings) -> None:
@@ -228,15 +233,18 @@ def deploy_to_running_ray(settings: Settings, folder: StateFolder, *, url: str) 
         runtime_dir=f"/tmp/lo-{settings.cluster.name}",
         started_unix_s=time.time(),
     )
-    names = list(_STEPS)
+    steps = deployment_steps(settings)
     progress = Progress(folder, state)
-    progress.plan([_STEP_HTTP, *_STEPS.values(), _STEP_READY])
+    progress.plan([_STEP_HTTP, *steps.values(), _STEP_READY])
     stop_s = time.monotonic() + settings.cluster.start_deadline_s
     with _connected(settings):
         with progress.step(_STEP_HTTP):
             start_http(settings)
         deploy(settings, Runtime(runtime_dir=state.runtime_dir, secret_hex=folder.cluster_secret().hex()))
-        while not all([_mark(progress, *seen) for seen in deployment_states(names)]) or not ask_ready(url, settings)[0]:
+        while (
+            not all([_mark(progress, *seen) for seen in deployment_states(list(steps))])
+            or not ask_ready(url, settings)[0]
+        ):
             if time.monotonic() > stop_s:
                 raise DeployFailedError(
                     f"not ready after {settings.cluster.start_deadline_s:.0f} s: see `serve status`"

@@ -93,6 +93,7 @@ class StateFolder:
         self.status = self.path / "status.json"
         self.secret = self.path / "secret"
         self.log = self.path / "supervisor.log"
+        self.failed_logs = self.path / "failed-start-logs"
 
     def create(self) -> None:
         """Make the folder, private to its user."""
@@ -111,6 +112,11 @@ class StateFolder:
         scratch = self.status.with_suffix(f".{os.getpid()}.tmp")
         scratch.write_bytes(msgspec.json.format(msgspec.json.encode(state), indent=1))
         scratch.replace(self.status)
+
+    def keep_logs(self, runtime_dir: Path) -> None:
+        """Copy Ray's logs, those of the replicas among them, out of a cluster that failed before its folder goes."""
+        for logs in runtime_dir.glob("session_2*/logs"):
+            shutil.copytree(logs, self.failed_logs, dirs_exist_ok=True, ignore_dangling_symlinks=True)
 
     def cluster_secret(self) -> bytes:
         """The cluster's secret, made at first use, readable by its owner only."""
@@ -231,7 +237,9 @@ def follow_start(folder: StateFolder, *, deadline_s: float) -> Iterator[ClusterS
                 return
             if state.phase in (Phase.FAILED, Phase.STOPPED) or not is_alive(state):
                 reason = state.message or "its supervisor ended"
-                raise StartFailedError(f"cluster {state.name!r} did not start: {reason}\n  log: {folder.log}")
+                raise StartFailedError(
+                    f"cluster {state.name!r} did not start: {reason}\n  log: {folder.log}, {folder.failed_logs}"
+                )
         if time.monotonic() > stop_s:
             waiting = ", ".join(s.name for s in state.steps if s.state != "done") if state else "its supervisor"
             raise StartFailedError(
@@ -257,8 +265,10 @@ def stop(folder: StateFolder, *, deadline_s: float) -> bool:
         while is_alive(state) and time.monotonic() < stop_s:
             time.sleep(_POLL_S)
     sweep(state.cluster_id)
-    shutil.rmtree(state.runtime_dir, ignore_errors=True)
     state = folder.read() or state
+    if state.phase == Phase.FAILED:
+        folder.keep_logs(Path(state.runtime_dir))
+    shutil.rmtree(state.runtime_dir, ignore_errors=True)
     state.phase = Phase.STOPPED
     folder.write(state)
     return found

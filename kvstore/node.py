@@ -280,7 +280,7 @@ def _open_file_tier(settings: FileTierSettings, *, on_drop: Callable[[ChunkKey],
     """The file tier, or None if its device fails: a store without files is better than no store."""
     try:
         return FileTier(
-            settings.folder,
+            os.path.expanduser(settings.folder),
             capacity_bytes=settings.capacity_bytes,
             lock_wait_s=settings.lock_wait_s,
             breaker_failures=settings.breaker_failures,

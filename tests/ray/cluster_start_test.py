@@ -2,7 +2,7 @@
 
 import pytest
 
-from cluster.lifecycle import missing_workers
+from cluster.lifecycle import deployment_steps, missing_workers
 from cluster.settings import ClusterSettings, Settings
 
 pytestmark = pytest.mark.ray  # imports Ray
@@ -32,3 +32,9 @@ def test_as_many_as_the_settings_ask_for():
     settings = Settings(cluster=ClusterSettings(prefill_replicas=0, decode_replicas=2))
     assert missing_workers([worker("decode")], settings)[1].startswith("1 decode")
     assert missing_workers([worker("decode"), worker("decode")], settings) == (True, "")
+
+
+def test_without_prefill_replicas_none_is_waited_for():
+    assert list(deployment_steps(Settings())) == ["Prefill", "Decode", "Router"]
+    settings = Settings(cluster=ClusterSettings(prefill_replicas=0))
+    assert list(deployment_steps(settings)) == ["Decode", "Router"]

@@ -91,7 +91,7 @@ def test_store_is_started_once_and_comes_back_after_sigkill(folder: Path) -> Non
 def test_too_long_a_folder_says_so(folder: Path) -> None:
     with pytest.raises(SocketPathError, match="shorter runtime folder"):
         ensure_node_store(
-            StoreSettings(host_bytes=1 << 20),
+            StoreSettings(host_bytes=1 << 20, file=None),
             secret=SECRET,
             namespace=NAMESPACE,
             runtime_dir=str(folder / ("long" * 30)),

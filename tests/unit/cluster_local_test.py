@@ -166,3 +166,15 @@ def test_zombies_do_not_count(start):
     while psutil.Process(process.pid).status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline_s:
         os.sched_yield()
     assert local.processes_of("id-9") == []
+
+
+def test_logs_of_a_failed_start_are_kept(tmp_path):
+    folder = local.StateFolder(tmp_path, "t")
+    folder.create()
+    logs = tmp_path / "run" / "session_2026" / "logs"
+    logs.mkdir(parents=True)
+    (logs / "worker.err").write_text("no such weights")
+    folder.write(state_of(2**22 - 1, phase=local.Phase.FAILED, runtime_dir=str(tmp_path / "run")))
+    local.stop(folder, deadline_s=1.0)
+    assert not (tmp_path / "run").exists()
+    assert (folder.failed_logs / "worker.err").read_text() == "no such weights"

@@ -88,3 +88,14 @@ def test_no_file_tier_stays_none():
 def test_loopback_on_a_cluster_of_machines_is_refused():
     with pytest.raises(SettingsError, match=r"cluster\.host=0\.0\.0\.0"):
         resolve(settings(cluster={"address": "auto"}), machine(), model_path="/m")
+
+
+@pytest.mark.parametrize(("gpus", "fits"), [(2, True), (1, False)])
+def test_a_gpu_per_engine_or_a_message(gpus, fits):
+    chosen = settings(store={"host_bytes": GIB})
+    gpu_machine = Facts(cores=(0,), available_bytes=64 * GIB, total_bytes=64 * GIB, num_gpus=gpus, cpu_vllm=False)
+    if fits:
+        assert resolve(chosen, gpu_machine, model_path="/m")
+        return
+    with pytest.raises(SettingsError, match=r"take 2, this machine has 1.*cluster\.prefill_replicas=0"):
+        resolve(chosen, gpu_machine, model_path="/m")
