@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -328,6 +329,9 @@ def main() -> int:
         progress.phase(Phase.STOPPED)
     finally:
         sweep(os.environ[CLUSTER_ID_VARIABLE])
+        if state.phase == Phase.STOPPED:
+            # After a failure `down` takes the logs out of it first.
+            shutil.rmtree(state.runtime_dir, ignore_errors=True)
     return exit_status
 
 
