@@ -11,13 +11,13 @@ from typing import Any, Final, TypeVar
 from ray import serve
 from ray.serve import Application
 
-from cluster.local import SECRET_VARIABLE
 from cluster.resolve import role_engines
 from cluster.settings import Settings
 from decode_workers.actor import DecodeWorker
 from decode_workers.settings import DecodeSettings
 from kvstore.engine.settings import EngineSettings
 from kvstore.engine.worker import WorkerRuntime
+from kvstore.wire import SECRET_VARIABLE
 from prefill_workers.actor import PrefillWorker
 from prefill_workers.settings import PrefillSettings
 from router.actor import RouterIngress

@@ -26,10 +26,11 @@ from ray import serve
 
 from cluster.app import APP_NAME, RAY_NAMESPACE, Runtime, application
 from cluster.errors import LearnonceError, UnavailableError
-from cluster.local import CLUSTER_ID_VARIABLE, SECRET_VARIABLE, ClusterState, Phase, StateFolder, Step, sweep
+from cluster.local import CLUSTER_ID_VARIABLE, ClusterState, Phase, StateFolder, Step, sweep
 from cluster.settings import Settings, settings_from_json
 from cluster.telemetry import configure_logging
 from kvstore.actor import stop_node_stores
+from kvstore.wire import SECRET_VARIABLE
 
 log = logging.getLogger(__name__)
 

@@ -27,9 +27,9 @@ import msgspec
 import psutil
 
 from cluster.errors import CallerError, UnavailableError
+from kvstore.wire import SECRET_VARIABLE
 
 CLUSTER_ID_VARIABLE: Final = "LEARNONCE_CLUSTER_ID"
-SECRET_VARIABLE: Final = "LEARNONCE_CLUSTER_SECRET"
 _POLL_S: Final = 0.1
 _KILL_AFTER_S: Final = 5.0
 """Seconds between asking a left-over process to end and ending it."""

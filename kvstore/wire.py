@@ -11,6 +11,7 @@ nothing else (D14).
 import base64
 import hashlib
 import hmac
+import os
 import zlib
 from enum import StrEnum
 from typing import Final
@@ -18,12 +19,14 @@ from typing import Final
 import msgspec
 import numpy as np
 
-from cluster.errors import DataError
+from cluster.errors import DataError, SettingsError
 from kvstore.keys import ChunkKey, KvScope
 
 PLAN_HEADER: Final = "x-serve-router-plan"
 """HAProxy strips client-sent headers with this prefix (design note RAY, section 5)."""
 REQUEST_ID_HEADER: Final = "x-request-id"
+SECRET_VARIABLE: Final = "LEARNONCE_CLUSTER_SECRET"
+"""Environment variable of the cluster's secret, in hex; the same in every process of the cluster."""
 MAX_PLAN_BYTES: Final = 16 << 20
 """Bound on the decompressed plan; a million-token prompt needs 4 MiB of token ids."""
 _MAC_BYTES: Final = 32
@@ -176,6 +179,21 @@ def open_plan(header: str, *, secret: bytes, now_unix_s: float) -> Plan:
         raise PlanExpiredError(f"plan expired {now_unix_s - plan.expires_unix_s:.1f} s ago")
     _check_spans(plan)
     return plan
+
+
+def cluster_secret() -> bytes:
+    """The secret that signs plans and opens the store.
+
+    Raises:
+        SettingsError: The environment has none, or not in hex.
+    """
+    try:
+        secret = bytes.fromhex(os.environ.get(SECRET_VARIABLE, ""))
+    except ValueError as error:
+        raise SettingsError(f"{SECRET_VARIABLE} is not hexadecimal") from error
+    if not secret:
+        raise SettingsError(f"{SECRET_VARIABLE} is not set")
+    return secret
 
 
 def _mac(secret: bytes, body: bytes) -> bytes:

@@ -5,18 +5,16 @@ Covers: reports through deployment handles, wiring, life cycle. Does not cover: 
 
 import asyncio
 import logging
-import os
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any
 
 from fastapi import FastAPI
 from ray import serve
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from cluster.errors import SettingsError
 from cluster.telemetry import configure_logging
-from kvstore.wire import Role, WorkerReport
+from kvstore.wire import Role, WorkerReport, cluster_secret
 from router.feeds import store_feeds
 from router.ingress import build_app
 from router.service import RouterService
@@ -24,9 +22,6 @@ from router.settings import RouterSettings
 from router.tokenizer import ModelTokenizer
 
 log = logging.getLogger(__name__)
-
-SECRET_VARIABLE: Final = "LEARNONCE_CLUSTER_SECRET"
-"""Hex; the same in every process of the cluster."""
 
 
 class HandleReports:
@@ -83,7 +78,7 @@ class RouterIngress:
         log_json: bool = False,
     ) -> None:
         configure_logging(level=log_level, json_lines=log_json)
-        secret = _secret()
+        secret = cluster_secret()
         tokenizer = await asyncio.to_thread(
             ModelTokenizer, model_folder, cache_tokens=settings.limits.token_cache_tokens
         )
@@ -100,13 +95,3 @@ class RouterIngress:
         """The application that Serve runs; its lifespan starts and stops the service."""
         # Serve's proxy takes the client's id or makes one, hands it to us, and puts it on the answer.
         return build_app(self._service, name_answers=False)
-
-
-def _secret() -> bytes:
-    try:
-        secret = bytes.fromhex(os.environ.get(SECRET_VARIABLE, ""))
-    except ValueError as error:
-        raise SettingsError(f"{SECRET_VARIABLE} must be hex digits") from error
-    if not secret:
-        raise SettingsError(f"{SECRET_VARIABLE} is not set: the router can not sign plans")
-    return secret

@@ -16,9 +16,9 @@ from cluster.telemetry import configure_logging
 from kvstore.actor import ensure_node_store_async, node_store_endpoint_async
 from kvstore.client import NodeStoreClient
 from kvstore.engine.settings import EngineSettings
-from kvstore.engine.worker import Worker, WorkerPlace, WorkerRuntime, cluster_secret
+from kvstore.engine.worker import Worker, WorkerPlace, WorkerRuntime
 from kvstore.settings import StoreSettings
-from kvstore.wire import StoreEndpoint, WorkerReport
+from kvstore.wire import StoreEndpoint, WorkerReport, cluster_secret
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from pydantic import Field, PositiveFloat
 from starlette.types import ASGIApp
 
 from cluster.clock import Clock, SystemClock
-from cluster.errors import SettingsError, UnavailableError
+from cluster.errors import UnavailableError
 from cluster.settings_base import SettingsBase
 from kvstore.engine.serving import Gate, HttpServer
 from kvstore.keys import KvScope
@@ -27,7 +27,6 @@ from kvstore.wire import Peer, Refusal, Role, StoreEndpoint, WorkerReport
 
 logger = logging.getLogger(__name__)
 
-SECRET_VARIABLE: Final = "LEARNONCE_CLUSTER_SECRET"
 EXIT_ENGINE_DEAD: Final = 70
 """Exit status of a worker whose engine died (EX_SOFTWARE)."""
 _KILL_WAIT_S: Final = 2.0
@@ -125,21 +124,6 @@ ENGINE_DEAD: Final = Refusal(
 DRAINING: Final = Refusal(
     status=503, error_type="ServiceUnavailableError", message="this worker is shutting down", retry_after_s=1.0
 )
-
-
-def cluster_secret() -> bytes:
-    """The secret that signs plans and opens the store.
-
-    Raises:
-        SettingsError: The environment has none, or not in hex.
-    """
-    try:
-        secret = bytes.fromhex(os.environ.get(SECRET_VARIABLE, ""))
-    except ValueError as error:
-        raise SettingsError(f"{SECRET_VARIABLE} is not hexadecimal") from error
-    if not secret:
-        raise SettingsError(f"{SECRET_VARIABLE} is not set")
-    return secret
 
 
 def kill_children() -> None:

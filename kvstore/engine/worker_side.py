@@ -9,7 +9,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any, Final
+from typing import Any
 
 from cluster.errors import SettingsError
 from kvstore.engine.loader import Loader, LoadResult
@@ -19,10 +19,10 @@ from kvstore.engine.saver import Saver
 from kvstore.engine.settings import ConnectorSettings
 from kvstore.engine.tally import Tally
 from kvstore.interfaces import StoreClient
+from kvstore.wire import cluster_secret
 
 logger = logging.getLogger(__name__)
 
-SECRET_ENV: Final = "LEARNONCE_CLUSTER_SECRET"
 StoreFactory = Callable[[Mapping[str, Any]], StoreClient]
 
 
@@ -188,7 +188,7 @@ def _factory(extra: Mapping[str, Any]) -> StoreFactory:
 def _node_store(extra: Mapping[str, Any]) -> StoreClient:
     from kvstore.client import NodeStoreClient  # engines with another store need no sockets
 
-    socket_path, secret = extra.get("store_socket"), os.environ.get(SECRET_ENV)
-    if not socket_path or not secret:
-        raise SettingsError(f"the connector needs store_socket and, in the environment, {SECRET_ENV}")
-    return NodeStoreClient(str(socket_path), secret=bytes.fromhex(secret), client_name=f"engine-{os.getpid()}")
+    socket_path = extra.get("store_socket")
+    if not socket_path:
+        raise SettingsError("the connector needs store_socket in its extra configuration")
+    return NodeStoreClient(str(socket_path), secret=cluster_secret(), client_name=f"engine-{os.getpid()}")

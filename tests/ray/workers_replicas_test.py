@@ -14,9 +14,9 @@ from support.workers import SECRET, Pair, eventually, make_plan, noop_settings, 
 
 from decode_workers.settings import DecodeSettings
 from kvstore.client import NodeStoreClient
-from kvstore.engine.worker import SECRET_VARIABLE, WorkerRuntime
+from kvstore.engine.worker import WorkerRuntime
 from kvstore.settings import StoreSettings
-from kvstore.wire import Role, WorkerReport
+from kvstore.wire import SECRET_VARIABLE, Role, WorkerReport
 from prefill_workers.settings import PrefillSettings
 
 with warnings.catch_warnings():

@@ -27,9 +27,8 @@ from cluster.errors import UnavailableError
 from kvstore.engine.build import build_engine_args, engine_environment
 from kvstore.engine.params import ChunkSpan
 from kvstore.engine.settings import EngineSettings
-from kvstore.engine.worker_side import SECRET_ENV
 from kvstore.keys import ChunkKey, KvScope
-from kvstore.wire import Role
+from kvstore.wire import SECRET_VARIABLE, Role
 
 _PROBE = "support.engine_harness.ConnectorProbe"
 
@@ -100,7 +99,7 @@ class EngineProcess:
                 **os.environ,
                 **binding,
                 "HF_HUB_OFFLINE": "1",
-                SECRET_ENV: secret.hex(),
+                SECRET_VARIABLE: secret.hex(),
                 # The child and vLLM's own processes import this module by its name.
                 "PYTHONPATH": str(Path(__file__).parents[1]),
             },

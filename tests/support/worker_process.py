@@ -19,7 +19,8 @@ from kvstore.client import NodeStoreClient
 from kvstore.engine.build import engine_environment
 from kvstore.engine.noop import NoopEngine
 from kvstore.engine.settings import EngineSettings
-from kvstore.engine.worker import WorkerPlace, cluster_secret
+from kvstore.engine.worker import WorkerPlace
+from kvstore.wire import cluster_secret
 from prefill_workers.settings import PrefillSettings
 from prefill_workers.worker import start_prefill_worker
 

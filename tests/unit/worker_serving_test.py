@@ -9,9 +9,9 @@ import aiohttp
 import pytest
 
 from kvstore.engine.serving import Exchange, Gate, HttpServer, ServerStartError, exchange
-from kvstore.engine.worker import SECRET_VARIABLE, WorkerRuntime, cluster_secret
+from kvstore.engine.worker import WorkerRuntime
 from kvstore.keys import KvScope
-from kvstore.wire import Peer, Refusal, Role, StoreEndpoint, WorkerReport
+from kvstore.wire import SECRET_VARIABLE, Peer, Refusal, Role, StoreEndpoint, WorkerReport, cluster_secret
 
 LATE = Refusal(status=504, error_type="DeadlineExceededError", message="too late")
 
