@@ -10,6 +10,8 @@ PIP = $(PY) -m pip install --quiet --disable-pip-version-check --no-deps
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 # A machine with a GPU: make setup CUDA=1 (once; the other targets then use that environment).
 CUDA ?=
+# Test processes at the same time, for tests that start neither Ray nor vLLM.
+JOBS ?= 2
 # Extra arguments for pip, for example where the CPU build of torch is.
 PIP_ARGS ?=
 LOCK := requirements/$(if $(CUDA),cuda,cpu).lock.txt
@@ -22,7 +24,7 @@ endif
 export LEARNONCE_MODEL_HOME ?= $(CURDIR)/.models
 export HF_HUB_OFFLINE ?= $(if $(CUDA),,1)
 
-.PHONY: help setup model demo fmt lint type imports docs docs-check test test-fast test-ray test-engine bench check clean
+.PHONY: help setup model demo fmt lint type imports docs docs-check test test-fast test-ray test-engine test-slow bench check clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 16
@@ -65,8 +67,8 @@ docs: $(STAMP) ## write the generated pages
 docs-check: $(STAMP) ## fail if a generated page is stale
 	@$(PY) docs/generate.py --check
 
-test-fast: $(STAMP) ## tests that start neither Ray nor vLLM
-	@$(BIN)/pytest -m "not ray and not engine and not gpu and not slow"
+test-fast: $(STAMP) ## tests that start neither Ray nor vLLM, in JOBS processes
+	@$(BIN)/pytest -n $(JOBS) --dist loadfile -m "not ray and not engine and not gpu and not slow"
 
 test-ray: $(STAMP) ## tests that start a local Ray cluster with the no-op engine
 	@$(BIN)/pytest -m "ray and not engine and not slow"
@@ -74,11 +76,15 @@ test-ray: $(STAMP) ## tests that start a local Ray cluster with the no-op engine
 test-engine: model ## tests on real vLLM with the embedded model
 	@$(BIN)/pytest -m "engine and not gpu and not slow"
 
-test: model ## the whole suite
-	@$(BIN)/pytest -m "not gpu and not slow"
+test: test-fast model ## the whole suite: what starts engines or Ray one after the other
+	@$(BIN)/pytest -m "(ray or engine) and not gpu and not slow"
 
-bench: model ## time to first token, cold and warm: writes bench-ttft.json
+test-slow: $(STAMP) ## bounded, but long: a million hostile inputs, half an hour of mixed load
+	@$(BIN)/pytest -s -m "slow and not gpu"
+
+bench: model ## time to first token, the store and its floors: writes bench-ttft.json, bench-store.json
 	@$(BIN)/learnonce bench ttft --json bench-ttft.json
+	@$(BIN)/learnonce bench store --json bench-store.json
 
 check: lint type imports docs-check test ## everything that CI checks
 
