@@ -95,6 +95,19 @@ def chain_keys(root: ChunkKey, spans: Iterable[Sequence[int] | np.ndarray]) -> l
     return keys
 
 
+def tenant_of(cache_salt: str) -> str:
+    """The name under which the store counts a salt's chunks: 16 hex digits, "" without a salt.
+
+    Not the salt itself, which may be a secret: the name is in records, catalogues and events. A salt that can be
+    guessed can be guessed from its name.
+
+    Example:
+        >>> tenant_of("customer 7"), tenant_of("")
+        ('b6be5b6e9f095377', '')
+    """
+    return hashlib.blake2b(cache_salt.encode()).hexdigest()[:16] if cache_salt else ""
+
+
 def parse_key(text: str) -> ChunkKey:
     """A key from its hex form.
 

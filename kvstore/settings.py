@@ -3,28 +3,144 @@
 Covers: sizes, bounds and times of the node store process. Does not cover: where it runs (`cluster.settings`).
 """
 
+from typing import Final, Literal
+
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from cluster.settings_base import SettingsBase
 
+STORE_KEY_VARIABLE: Final = "LEARNONCE_STORE_KEY"
+"""Environment variable of the key that records are encrypted with at rest: 32 bytes in hex. Several may be given,
+separated by commas, while one replaces another: the first one seals, all of them open."""
 
-class FileTierSettings(SettingsBase):
-    """Records as files below the arena."""
+PolicyName = Literal["cost", "lru", "s3fifo", "arc"]
 
-    folder: str = "~/.cache/learnonce/chunks"
-    """Folder of this node's records, by cluster name below it; mode 0700, one store at a time owns it."""
+
+class NvmeSettings(SettingsBase):
+    """Records as files on local disks, below the arena."""
+
+    folders: tuple[str, ...] = ("~/.cache/learnonce/chunks",)
+    """One folder per device; records are striped over them. The cluster's name is added below each; mode 0700, one
+    store at a time owns them."""
     capacity_bytes: PositiveInt = 8 << 30
-    """Bytes of records kept; the least recently used leave first."""
+    """Bytes of records kept, over all folders."""
+    high_ratio: float = Field(default=1.0, gt=0.1, le=1.0)
+    """Share of the capacity above which records are evicted."""
+    low_ratio: float = Field(default=0.95, gt=0.1, le=1.0)
+    """Share of the capacity down to which one eviction goes, so that not every write has to evict."""
+    policy: PolicyName = "cost"
+    """Which records leave first."""
+    admit: Literal["all", "reused"] = "all"
+    """Which chunks are written: every one, or only those that were read again after they were learned (less wear)."""
     write_behind_chunks: PositiveInt = 256
     """Committed chunks that may wait to be written; more stay in the arena only, and are counted."""
     io_threads: int = Field(default=4, ge=1, le=64)
     """Threads that read and write files."""
     lock_wait_s: float = Field(default=5.0, ge=0)
-    """Seconds to wait for a former owner of the folder to go."""
+    """Seconds to wait for a former owner of a folder to go."""
     breaker_failures: PositiveInt = 3
-    """Device errors in a row after which the tier pauses (reads and writes apart)."""
+    """Device errors in a row after which a device pauses (reads and writes apart)."""
     breaker_pause_s: PositiveFloat = 5.0
     """Seconds of the first pause; doubles up to twelve times this while errors go on."""
+    slow_read_s: PositiveFloat = 10.0
+    """A read that takes longer counts as a device error."""
+
+
+class ObjectSettings(SettingsBase):
+    """Records as objects in a bucket that all nodes share, below the disks."""
+
+    url: str
+    """`s3://bucket/prefix`, `gs://…`, `az://…`, `file:///folder`; or `arrow+…` for what pyarrow.fs speaks, for example
+    `arrow+file:///mnt/nfs` or `arrow+hdfs://host:port/folder`. Credentials come from the environment."""
+    options: dict[str, str] = Field(default_factory=dict)
+    """Options of the client, by the names that obstore (or, behind `arrow+`, pyarrow.fs) documents, for example
+    endpoint, region, allow_http. They are shown with the settings: secrets belong in the environment."""
+    capacity_bytes: PositiveInt | None = None
+    """Bytes kept in the bucket, whoever wrote them, as far as this node knows; null leaves it to the bucket's
+    life-cycle rules. Set it alike on all nodes."""
+    policy: PolicyName = "cost"
+    """Which records leave first, where there is a capacity."""
+    admit: Literal["all", "reused"] = "all"
+    """Which chunks are written."""
+    write_behind_chunks: PositiveInt = 256
+    """Chunks that may wait to be written; more are not, and are counted."""
+    io_threads: int = Field(default=4, ge=1, le=64)
+    """Requests at the same time."""
+    connect_timeout_s: PositiveFloat = 1.0
+    """Seconds for a connection."""
+    timeout_s: PositiveFloat = 2.0
+    """Seconds for one request, beside the time that its bytes take at `min_bytes_per_s`."""
+    min_bytes_per_s: PositiveFloat = 20e6
+    """A slower answer is given up."""
+    max_retries: int = Field(default=2, ge=0, le=10)
+    """Repeats of a request that failed."""
+    deadline_s: PositiveFloat = 8.0
+    """Seconds for one operation with its repeats, beside the time of its bytes; nothing outlives it."""
+    refresh_s: PositiveFloat = 60.0
+    """Seconds between two listings of the bucket, which find what other nodes wrote."""
+    breaker_failures: PositiveInt = 3
+    """Failures in a row after which the tier pauses."""
+    breaker_pause_s: PositiveFloat = 5.0
+    """Seconds of the first pause; doubles up to twelve times this while errors go on."""
+
+
+class PeerSettings(SettingsBase):
+    """Chunks from the stores of other nodes."""
+
+    transports: tuple[Literal["shm", "nixl", "tcp"], ...] = ("shm", "tcp")
+    """Data paths in order of preference; a pair of nodes takes the first that both can use. Without RDMA sockets need
+    less CPU than NIXL, and NIXL has no authentication of its own: use it on a private network only."""
+    port: int | None = Field(default=None, ge=1, le=65535)
+    """Port of the control plane for other nodes; null takes a free one."""
+    data_port: int | None = Field(default=None, ge=1, le=65535)
+    """Port of the TCP data path; null takes a free one."""
+    lease_s: PositiveFloat = 30.0
+    """Seconds after which a lease of a silent peer ends."""
+    heartbeat_s: PositiveFloat = 5.0
+    """Seconds between signs of life of a peer that holds leases."""
+    connect_timeout_s: PositiveFloat = 1.0
+    """Seconds for a connection to another node."""
+    transfer_s: PositiveFloat = 5.0
+    """Seconds for one transfer, beside the time that its bytes take at `min_bytes_per_s`."""
+    min_bytes_per_s: PositiveFloat = 20e6
+    """A slower peer is given up."""
+    max_transfers: int = Field(default=8, ge=1, le=256)
+    """Transfers into this node at the same time."""
+    max_connections_per_peer: int = Field(default=4, ge=1, le=64)
+    """Data connections that one peer may open."""
+    breaker_pause_s: PositiveFloat = 1.0
+    """Seconds for which a peer that failed is not asked; doubles up to twelve times this."""
+    news_s: float = Field(default=0.2, ge=0, le=10)
+    """Seconds for which a read of a chunk that nobody is known to hold waits for the news that another node does: a
+    replica there may have just learned it for this request."""
+    max_known_chunks: PositiveInt = 500_000
+    """Chunks of other nodes that are remembered (about half a kilobyte each); beyond it the longest known are
+    forgotten."""
+
+
+class NixlSettings(SettingsBase):
+    """The NIXL sidecar: used where `peers.transports` names `nixl`."""
+
+    staging_bytes: PositiveInt = 256 << 20
+    """Memory through which NIXL transfers pass, in the sidecar's own arena: half for what lands, half for what is
+    offered. At least 8 MiB; a sidecar that is being replaced keeps its own until it has ended what it does."""
+    quarantine_ratio: float = Field(default=0.25, gt=0, le=1.0)
+    """Share of the landing half in quarantine above which the agent is replaced."""
+    progress_delay_us: PositiveInt = 1000
+    """Pause of NIXL's progress thread between two looks; 0 would burn a core."""
+    net_devices: str = ""
+    """Network devices that UCX may use (`UCX_NET_DEVICES`); "" lets UCX choose, on all interfaces."""
+
+
+class TlsSettings(SettingsBase):
+    """Mutual TLS on the ports between nodes."""
+
+    certificate: str
+    """PEM file of this node's certificate, chain included."""
+    key: str
+    """PEM file of its private key."""
+    authority: str
+    """PEM file of the authority that signed the certificates of all nodes."""
 
 
 class StoreSettings(SettingsBase):
@@ -34,8 +150,31 @@ class StoreSettings(SettingsBase):
     """Size of the arena in shared memory; memory is taken as chunks fill it. None: `host_ram_share`."""
     host_ram_share: float = Field(default=0.2, gt=0, le=0.9)
     """Share of the node's memory (or of the container's limit) for the arena when `host_bytes` is not set."""
-    file: FileTierSettings | None = FileTierSettings()
-    """Records as files below the arena, found again after a restart; null keeps chunks in memory only."""
+    host_policy: PolicyName = "cost"
+    """Which records leave the arena first."""
+    nvme: NvmeSettings | None = NvmeSettings()
+    """Records as files below the arena, found again after a restart; null keeps none."""
+    object: ObjectSettings | None = None
+    """Records as objects that all nodes share, found again after a restart; null keeps none."""
+    peers: PeerSettings | None = PeerSettings()
+    """Chunks from the stores of other nodes; null reads none and offers none."""
+    nixl: NixlSettings = NixlSettings()
+    """The NIXL sidecar."""
+    tls: TlsSettings | None = None
+    """Mutual TLS between nodes; null uses the cluster's secret alone, and does not hide the bytes."""
+    encrypt_at_rest: bool = False
+    """Whether records on disks and in buckets are encrypted (AES-256-GCM, a key per tenant derived from
+    `LEARNONCE_STORE_KEY`)."""
+    ttl_s: PositiveFloat | None = None
+    """Seconds after which a chunk is forgotten, counted from when it was learned; null keeps it."""
+    quota_bytes_by_tenant: dict[str, PositiveInt] = Field(default_factory=dict)
+    """Bytes that a tenant may hold per tier of a node; who has more evicts its own chunks first."""
+    default_quota_bytes: PositiveInt | None = None
+    """The quota of tenants that are not named above; null: none."""
+    max_pin_s: PositiveFloat = 86_400.0
+    """Longest time for which a client may pin a chunk."""
+    max_pinned_ratio: float = Field(default=0.5, ge=0, le=1)
+    """Share of a tier that pins of clients may hold."""
     reservation_s: PositiveFloat = 60.0
     """Seconds in which a writer must commit; then others may write the chunk."""
     handshake_s: PositiveFloat = 2.0

@@ -169,13 +169,13 @@ def open_plan(header: str, *, secret: bytes, now_unix_s: float) -> Plan:
         inflater = zlib.decompressobj()
         plain = inflater.decompress(body, MAX_PLAN_BYTES)
         plan = msgspec.msgpack.decode(plain, type=Plan)
-    except (zlib.error, msgspec.DecodeError) as error:
+    except (zlib.error, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise PlanRejectedError(f"plan is damaged: {error}") from error
     if inflater.unconsumed_tail:
         raise PlanRejectedError(f"plan is larger than {MAX_PLAN_BYTES} bytes")
     if plan.version != 1:
         raise PlanRejectedError(f"plan has version {plan.version}, this worker knows 1")
-    if plan.expires_unix_s < now_unix_s:
+    if not plan.expires_unix_s >= now_unix_s:  # so that NaN, which is neither, is no time at all
         raise PlanExpiredError(f"plan expired {now_unix_s - plan.expires_unix_s:.1f} s ago")
     _check_spans(plan)
     return plan
@@ -192,7 +192,7 @@ def cluster_secret() -> bytes:
     except ValueError as error:
         raise SettingsError(f"{SECRET_VARIABLE} is not hexadecimal") from error
     if not secret:
-        raise SettingsError(f"{SECRET_VARIABLE} is not set")
+        raise SettingsError(f"{SECRET_VARIABLE} is not set: it is in the file `secret` of the cluster's state folder")
     return secret
 
 
@@ -222,6 +222,10 @@ class StoreEndpoint(msgspec.Struct, frozen=True, kw_only=True):
     """ZMQ PUB address (`tcp://host:port`) of store events."""
     snapshot_address: str
     """ZMQ ROUTER address for snapshots and replays."""
+    peer_address: str = ""
+    """`host:port` for the stores of other nodes; "" if this one neither reads theirs nor lends its own."""
+    boot_id: str = ""
+    """Of the machine that it runs on; stores with equal ones can share memory."""
 
 
 class Role(StrEnum):

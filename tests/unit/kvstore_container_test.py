@@ -1,40 +1,160 @@
-"""Records: what is encoded is parsed, the golden file stays readable, damage is named."""
+"""Records: what is encoded is parsed, the golden files stay readable, damage is named."""
 
+import math
+import threading
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from kvstore.container import (
     ALIGN,
     MAX_PAYLOAD_BYTES,
+    MAX_TENANT_CHARS,
     ChunkCorruptError,
     ChunkMismatchError,
     RecordError,
+    RecordVerifier,
     checksum,
+    copy_verified,
     encode_header,
     encode_record,
+    entry_of,
     parse_header,
     parse_record,
     stored_bytes,
 )
-from kvstore.interfaces import ChunkMeta
-from kvstore.testing.samples import sample_key, sample_meta
+from kvstore.interfaces import ChunkMeta, TierEntry
+from kvstore.testing.samples import sample_key, sample_meta, sample_payload
 
-GOLDEN = Path(__file__).parent.parent / "golden" / "kvstore_record_v1.bin"
+GOLDEN = Path(__file__).parent.parent / "golden"
+GOLDEN_V1, GOLDEN_V2 = GOLDEN / "kvstore_record_v1.bin", GOLDEN / "kvstore_record_v2.bin"
 GOLDEN_KEY = bytes(range(32))
 GOLDEN_META = ChunkMeta(
     num_tokens=266, num_layers=30, num_kv_heads=3, head_dim=64, dtype="bfloat16", base_position=1234, codec="raw"
 )
+GOLDEN_META_V2 = msgspec.structs.replace(GOLDEN_META, tenant="tenant/7 ü", learned_unix_s=1_790_000_000.25)
 GOLDEN_PAYLOAD = b"learned once " * 400
 
 
 def test_golden_record_of_version_1_is_read() -> None:
-    header, payload = parse_record(GOLDEN.read_bytes(), expected_key=GOLDEN_KEY)
+    header, payload = parse_record(GOLDEN_V1.read_bytes(), expected_key=GOLDEN_KEY)
     assert (header.key, header.meta, bytes(payload)) == (GOLDEN_KEY, GOLDEN_META, GOLDEN_PAYLOAD)
+    assert (header.meta.tenant, header.meta.learned_unix_s, header.is_sealed) == ("", 0.0, False)
 
 
-def test_golden_record_of_version_1_is_written() -> None:
-    assert bytes(encode_record(GOLDEN_KEY, GOLDEN_META, GOLDEN_PAYLOAD)) == GOLDEN.read_bytes()
+def test_golden_record_of_version_2_is_read() -> None:
+    header, payload = parse_record(GOLDEN_V2.read_bytes(), expected_key=GOLDEN_KEY)
+    assert (header.key, header.meta, bytes(payload)) == (GOLDEN_KEY, GOLDEN_META_V2, GOLDEN_PAYLOAD)
+
+
+def test_golden_record_of_version_2_is_written() -> None:
+    assert bytes(encode_record(GOLDEN_KEY, GOLDEN_META_V2, GOLDEN_PAYLOAD)) == GOLDEN_V2.read_bytes()
+
+
+def test_version_1_has_none_of_the_fields_of_version_2() -> None:
+    header = bytearray(encode_record(GOLDEN_KEY, GOLDEN_META_V2, GOLDEN_PAYLOAD)[:ALIGN])
+    header[8] = 1
+    with pytest.raises(ChunkCorruptError, match="version 1"):
+        parse_header(sign_again(header))
+
+
+@pytest.mark.parametrize(("version", "flags"), [(0, 0), (1, 1), (2, 2), (2, 3), (2, 0x8000), (3, 0), (3, 1), (258, 0)])
+def test_unknown_version_or_flag_is_corrupt(version: int, flags: int) -> None:
+    header = bytearray(encode_header(sample_key(1), sample_meta(), payload_bytes=10, payload_checksum=0))
+    header[8:12] = version.to_bytes(2, "little") + flags.to_bytes(2, "little")
+    with pytest.raises(ChunkCorruptError, match="version"):
+        parse_header(sign_again(header), expected_sealed=None)
+
+
+def test_sealed_and_plain_records_are_not_taken_for_each_other() -> None:
+    for is_sealed in (False, True):
+        header = encode_header(sample_key(1), sample_meta(), payload_bytes=10, payload_checksum=0, is_sealed=is_sealed)
+        for expected in (is_sealed, None):
+            assert parse_header(header, expected_sealed=expected).is_sealed is is_sealed
+        with pytest.raises(ChunkMismatchError, match="sealed"):
+            parse_header(header, expected_sealed=not is_sealed)
+    with pytest.raises(ChunkMismatchError):
+        parse_header(header)  # the default: who knows nothing of sealing never takes ciphertext for KV
+
+
+def test_books_get_what_the_header_says() -> None:
+    header = parse_header(GOLDEN_V2.read_bytes())
+    assert entry_of(header) == TierEntry(
+        payload_bytes=len(GOLDEN_PAYLOAD),
+        stored_bytes=GOLDEN_V2.stat().st_size,
+        num_tokens=266,
+        base_position=1234,
+        codec="raw",
+        tenant="tenant/7 ü",
+        learned_unix_s=1_790_000_000.25,
+    )
+
+
+@pytest.mark.parametrize("payload_bytes", [1, 4096, 524_288, 524_289, 1_000_001])
+def test_copy_is_checked(payload_bytes: int) -> None:
+    payload = sample_payload(1, payload_bytes)
+    header, source = parse_record(encode_record(sample_key(1), sample_meta(), payload))
+    target = bytearray(payload_bytes)
+    assert copy_verified(header, source, memoryview(target))
+    assert target == payload
+    for at_byte in (0, payload_bytes // 2, payload_bytes - 1):
+        damaged = bytearray(payload)
+        damaged[at_byte] ^= 1
+        assert not copy_verified(header, memoryview(damaged), memoryview(target))
+    assert not copy_verified(header, source[:-1], memoryview(target)[:-1])
+    assert not copy_verified(header, source, memoryview(bytearray(payload_bytes + 1)))
+
+
+def test_copy_of_a_source_that_changes_is_checked_as_copied() -> None:
+    """The checksum is over what arrived in the target, not over a second look at the source."""
+    payload = bytearray(sample_payload(1, 3 << 20))
+    header, _ = parse_record(encode_record(sample_key(1), sample_meta(), bytes(payload)))
+    target, over = bytearray(len(payload)), threading.Event()
+
+    def flip() -> None:
+        while not over.is_set():
+            payload[2 << 20] ^= 0xFF
+
+    writer = threading.Thread(target=flip)
+    writer.start()
+    try:
+        for _ in range(20):
+            is_right = copy_verified(header, memoryview(payload), memoryview(target))
+            assert is_right == (checksum(target) == header.payload_checksum)
+    finally:
+        over.set()
+        writer.join()
+
+
+@pytest.mark.parametrize("steps", [(20_480,), (1, 4095, 4096, 4097, 20_480), (10_000, 10_000, 30_000), ()])
+def test_record_is_verified_as_it_arrives(steps: tuple[int, ...]) -> None:
+    record = encode_record(sample_key(1), sample_meta(), sample_payload(1, 15_000))
+    assert len(record) == 20_480
+    verifier = RecordVerifier(memoryview(record), expected_key=sample_key(1))
+    for step in steps:
+        verifier(step)
+    if steps:
+        assert verifier.finish() == parse_record(record)[0]
+    else:
+        with pytest.raises(ChunkCorruptError, match="arrived"):
+            verifier.finish()
+
+
+def test_record_that_arrives_damaged_is_refused_as_early_as_can_be() -> None:
+    record = encode_record(sample_key(1), sample_meta(), sample_payload(1, 15_000))
+    with pytest.raises(ChunkMismatchError):
+        RecordVerifier(memoryview(record), expected_key=sample_key(2))(ALIGN)
+    with pytest.raises(ChunkCorruptError, match="should have"):
+        RecordVerifier(memoryview(record)[:-ALIGN])(ALIGN)
+    verifier = RecordVerifier(memoryview(record))
+    verifier(12_000)
+    with pytest.raises(ChunkCorruptError, match="arrived"):
+        verifier.finish()
+    record[15_000] ^= 1
+    verifier(len(record))
+    with pytest.raises(ChunkCorruptError, match="checksum"):
+        verifier.finish()
 
 
 def test_checksum_is_what_its_name_says() -> None:
@@ -55,8 +175,8 @@ def test_payload_is_a_view_into_the_record(size: int) -> None:
     ("at_byte", "value"),
     [
         (0, b"X"),  # magic
-        (8, b"\x02"),  # version
-        (10, b"\x01"),  # flags
+        (8, b"\x03"),  # version
+        (10, b"\x02"),  # flags
         (12, b"\xff\xff\xff\xff"),  # metadata length
         (16, b"crc32\0\0\0"),  # checksum name
         (64, b"\xff" * 8),  # payload length
@@ -70,8 +190,7 @@ def test_wrong_field_is_corrupt(at_byte: int, value: bytes, is_signed: bool) -> 
     header[at_byte : at_byte + len(value)] = value
     if is_signed:
         # Also with a right header checksum: whoever computes it again must not make us allocate or believe.
-        header[24:32] = bytes(8)
-        header[24:32] = checksum(header).to_bytes(8, "little")
+        sign_again(header)
     with pytest.raises(ChunkCorruptError):
         parse_header(header)
 
@@ -98,9 +217,32 @@ def test_cut_record_is_corrupt(cut: int) -> None:
         (sample_meta(base_position=-1), 10),
         (sample_meta(), 0),
         (sample_meta(), MAX_PAYLOAD_BYTES + 1),
-        (ChunkMeta(num_tokens=1, num_layers=1, num_kv_heads=1, head_dim=1, dtype="x" * 5000, base_position=0), 10),
+        (msgspec.structs.replace(sample_meta(), dtype="x" * 5000), 10),
+        (msgspec.structs.replace(sample_meta(), tenant="x" * (MAX_TENANT_CHARS + 1)), 10),
+        (msgspec.structs.replace(sample_meta(), tenant="a\nb"), 10),
+        (msgspec.structs.replace(sample_meta(), learned_unix_s=-1.0), 10),
+        (msgspec.structs.replace(sample_meta(), learned_unix_s=math.nan), 10),
+        (msgspec.structs.replace(sample_meta(), learned_unix_s=math.inf), 10),
     ],
 )
 def test_chunk_that_no_record_can_hold_is_refused(meta: ChunkMeta, payload_bytes: int) -> None:
     with pytest.raises(RecordError):
         encode_header(sample_key(1), meta, payload_bytes=payload_bytes, payload_checksum=0)
+
+
+def test_metadata_out_of_bounds_is_refused_by_the_reader_too() -> None:
+    """Whoever wrote it: the header's own checksum is right."""
+    for change in ({"tenant": "x" * 65}, {"tenant": "\x1b[2J"}, {"learned_unix_s": math.nan}, {"num_tokens": 0}):
+        packed = msgspec.msgpack.encode(msgspec.structs.replace(sample_meta(), **change))
+        header = bytearray(encode_header(sample_key(1), sample_meta(), payload_bytes=10, payload_checksum=0))
+        header[12:16] = len(packed).to_bytes(4, "little")
+        header[88 : 88 + len(packed)] = packed
+        with pytest.raises(ChunkCorruptError, match="out of bounds"):
+            parse_header(sign_again(header))
+
+
+def sign_again(header: bytearray) -> bytearray:
+    """With a right checksum, as whoever computes it would."""
+    header[24:32] = bytes(8)
+    header[24:32] = checksum(header[:ALIGN]).to_bytes(8, "little")
+    return header
