@@ -27,6 +27,8 @@ class ExtentAllocator:
 
     def __init__(self, num_pages: int) -> None:
         self.num_pages = num_pages
+        self.free_pages = 0
+        """Pages that are not handed out."""
         self._used: dict[int, int] = {}
         self._free_by_start: dict[int, int] = {}
         self._free_by_stop: dict[int, int] = {}
@@ -41,14 +43,14 @@ class ExtentAllocator:
         return self._free_by_start
 
     @property
+    def free_starts(self) -> Mapping[int, int]:
+        """First page of every free run, by the page behind its last. A live view."""
+        return self._free_by_stop
+
+    @property
     def used_runs(self) -> Mapping[int, int]:
         """Pages of every run that is handed out, by its first page. A live view."""
         return self._used
-
-    @property
-    def free_pages(self) -> int:
-        """Pages that are not handed out."""
-        return sum(self._free_by_start.values())
 
     def allocate(self, pages: int) -> int | None:
         """The first page of a run of `pages`, from the smallest free run that has them; None if none has."""
@@ -82,12 +84,28 @@ class ExtentAllocator:
             stop += right_pages
         self._insert(start, stop - start)
 
+    def shrink(self, start: int, pages: int) -> None:
+        """Take back the tail of a run, so that its first `pages` pages stay handed out.
+
+        Raises:
+            InvariantError: No run that is handed out starts there, or it has fewer pages.
+        """
+        had = self._used.get(start, 0)
+        if not 0 < pages <= had:
+            raise InvariantError(f"a run of {had} pages at {start} cannot be cut to {pages}")
+        if pages < had:
+            self._used[start] = pages
+            self._used[start + pages] = had - pages
+            self.free(start + pages)
+
     def _insert(self, start: int, pages: int) -> None:
+        self.free_pages += pages
         self._free_by_start[start] = pages
         self._free_by_stop[start + pages] = start
         bisect.insort(self._by_size, (pages, start))
 
     def _remove(self, start: int, pages: int) -> None:
+        self.free_pages -= pages
         del self._free_by_start[start]
         del self._free_by_stop[start + pages]
         del self._by_size[bisect.bisect_left(self._by_size, (pages, start))]
