@@ -1,78 +1,91 @@
-"""The file tier: one file per record, verified on every read.
+"""The file tier: one file per record in one folder, verified on every read.
 
-Covers: writing, reading, scanning and evicting files in one folder, device errors. Does not cover: when a chunk goes
-to files (`kvstore.node`).
+Covers: reads, writes and evictions in their right order, device errors. Does not cover: who may touch a file now
+(`kvstore.tiers.ledger`), system calls (`kvstore.tiers.records`), finding records again (`kvstore.tiers.scan`), several
+devices (`kvstore.tiers.nvme`).
 
-Truth is in the record: the index in memory is a hint that a scan rebuilds. Nothing is synced, so a power cut may lose
-records or leave empty files under their final names; the scan and the checksum turn those into misses.
+Truth is in the record: the books in memory are a hint that a scan rebuilds. Nothing is synced, so a power cut may lose
+records, leave empty files under their final names, or a name with another record's bytes; the scan and the checksums
+turn those into misses.
 
     folder/.lock            held with flock by the one store that owns the folder
     folder/ab/abcd....rec   the record of the chunk whose key starts with ab
-    folder/ab/*.tmp         a write under way; deleted by the next scan
+    folder/ab/*.tmp         a write under way, or a spare; those of a former life are deleted by the scan
 """
 
 import errno
-import itertools
 import logging
-import mmap
+import math
 import os
+import sys
 import threading
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 
-import numpy as np
+import msgspec
 
 from cluster.clock import Clock, SystemClock
 from cluster.errors import DataError
 from cluster.telemetry import short
 from kvstore import metrics
-from kvstore.breaker import Breaker
-from kvstore.container import ALIGN, Header, parse_header, parse_record
-from kvstore.interfaces import TierStat
-from kvstore.keys import ChunkKey, parse_key
-from kvstore.policy import Resident, lru_victims
+from kvstore.container import ALIGN, Header, RecordVerifier, entry_of, parse_header
+from kvstore.crash import crash_point
+from kvstore.interfaces import OnBytes, TierEntry, TierStat
+from kvstore.keys import ChunkKey
+from kvstore.policy import Quotas, make_policy
+from kvstore.settings import PolicyName
+from kvstore.tiers.books import TierBooks
+from kvstore.tiers.buffers import AlignedBuffers
 from kvstore.tiers.folder import FolderLock, FolderUnusableError, prepare_folder, supports_direct_io
+from kvstore.tiers.gate import Gate
+from kvstore.tiers.ledger import Ledger
+from kvstore.tiers.records import ForeignFileError, RecordFiles, remove
+from kvstore.tiers.scan import Scan
 
 log = logging.getLogger(__name__)
 
-_SUFFIX: Final = ".rec"
-_TEMPORARY: Final = ".tmp"
 _BROKEN_FILE_ERRNOS: Final = frozenset({errno.EIO, errno.ENODATA, errno.EBADMSG})
 """Errors that mean this file is lost; others (no descriptors, no memory) say nothing about it."""
-_MAX_PAUSES: Final = 12
+_HASHERS: Final = 2
+"""Threads that verify one piece while the next is read: one is enough for 10 GB/s."""
+_SCAN_THREADS: Final = 8
+"""Headers that are read at the same time: a device answers one in 0.1 ms or more."""
 
-
-@dataclass(frozen=True, slots=True)
-class FileEntry:
-    """What the index knows about one file."""
-
-    header: Header
-
-    @property
-    def stored_bytes(self) -> int:
-        """Size of the file."""
-        return self.header.stored_bytes
+Outcome = Literal["stored", "full", "paused", "error", "refused"]
+"""Of one write: there now; no room; the device pauses; the device failed; no record of that key."""
 
 
 class FileTier:
-    """Records as files, for any number of threads.
+    """Records as files in one folder, for any number of threads.
+
+    Works at once: what a former life left is found by a scan in the background (`wait_scanned`), and a key that is
+    asked for meanwhile is looked for by its path.
 
     Args:
         folder: Made with mode 0700 if missing.
-        capacity_bytes: Bytes of records kept; the least recently used leave first.
+        capacity_bytes: Bytes of records kept.
+        policy: Which records leave first.
+        quotas: Bytes per tenant.
+        high_ratio: Share of the capacity above which records leave.
+        low_ratio: Share of the capacity down to which one eviction goes.
+        max_pinned_ratio: Share of the capacity that pins may hold.
         lock_wait_s: Seconds to wait for a former owner to go.
         breaker_failures: Device errors in a row after which reads (or writes) pause.
         breaker_pause_s: First pause.
+        slow_read_s: A read or write that takes longer counts as a device error.
+        scan_threads: Threads of the scan.
         direct: Whether to bypass the page cache; None finds out what the file system can do.
-        on_drop: Told of every record that left by eviction or damage after the scan, from whatever thread found out.
-        clock: For the pauses.
+        sealed: Whether records are sealed ones (`kvstore.tiers.sealed`); files of the other kind are deleted.
+        on_drop: Told of every record that left by eviction or damage, from whatever thread found out.
+        on_found: Told of records of a former life, some at a time, from the scan's threads and from readers.
+        clock: For pauses and deadlines.
 
     Raises:
         FolderBusyError: Another store owns the folder.
-        FolderUnusableError: The folder cannot be made, read or written.
+        FolderUnusableError: The folder cannot be made, read or written, or others can write to it.
     """
 
     def __init__(
@@ -80,313 +93,407 @@ class FileTier:
         folder: str | os.PathLike[str],
         *,
         capacity_bytes: int,
+        policy: PolicyName = "lru",
+        quotas: Quotas | None = None,
+        high_ratio: float = 1.0,
+        low_ratio: float = 1.0,
+        max_pinned_ratio: float = 0.5,
         lock_wait_s: float = 0.0,
         breaker_failures: int = 3,
         breaker_pause_s: float = 5.0,
+        slow_read_s: float = 10.0,
+        scan_threads: int = _SCAN_THREADS,
         direct: bool | None = None,
+        sealed: bool = False,
         on_drop: Callable[[ChunkKey], None] | None = None,
+        on_found: Callable[[Sequence[ChunkKey]], None] | None = None,
         clock: Clock | None = None,
     ) -> None:
         self.folder = os.fspath(folder)
         self.capacity_bytes = capacity_bytes
+        self._is_sealed = sealed
         self._clock = clock or SystemClock()
-        self._on_drop: Callable[[ChunkKey], None] = lambda key: None
-        pauses = {"first_pause_s": breaker_pause_s, "max_pause_s": _MAX_PAUSES * breaker_pause_s}
-        self._write_breaker = Breaker(failures=breaker_failures, **pauses)
-        self._read_breaker = Breaker(failures=breaker_failures, **pauses)
-        self._lock = threading.Lock()
-        self._files: OrderedDict[ChunkKey, FileEntry] = OrderedDict()
-        self._used_bytes = 0
-        self._writing_bytes = 0
-        self._names = itertools.count()
+        self._on_drop = on_drop or (lambda key: None)
+        self._on_found = on_found or (lambda keys: None)
+        gate = {"failures": breaker_failures, "pause_s": breaker_pause_s, "slow_s": slow_read_s, "clock": self._clock}
+        self._reads, self._writes = Gate(**gate), Gate(**gate)  # type: ignore[arg-type]
+        books = TierBooks(
+            capacity_bytes=capacity_bytes,
+            policy=make_policy(policy),
+            quotas=quotas or Quotas(),
+            high_ratio=high_ratio,
+            low_ratio=low_ratio,
+            max_pinned_ratio=max_pinned_ratio,
+        )
+        self._ledger = Ledger(books, capacity_bytes=capacity_bytes, clock=self._clock)
+        self._buffers = AlignedBuffers()
+        self._hashers = ThreadPoolExecutor(_HASHERS, thread_name_prefix="kvstore-hash")
+        self._is_closed = False
+        self._is_disk_full = False
         prepare_folder(self.folder)
         self._owner = FolderLock(self.folder, wait_s=lock_wait_s)
         try:
             self.is_direct = supports_direct_io(self.folder) if direct is None else direct
-            self._scan()
-            # Only now: what the scan deletes or evicts was never announced, and its owner is still being made.
-            self._on_drop = on_drop or self._on_drop
-        except OSError as error:
-            self._owner.release()
-            raise FolderUnusableError(f"file tier folder {self.folder} cannot be read: {error}") from error
-        except BaseException:
+        except FolderUnusableError:
             self._owner.release()
             raise
+        self._files = RecordFiles(self.folder, is_direct=self.is_direct, buffers=self._buffers)
+        self._scan = Scan(
+            self._files,
+            self._ledger,
+            buffers=self._buffers,
+            threads=scan_threads,
+            read_header=self._read_header,
+            retire=self._retire_for_good,
+            on_found=self._on_found,
+        )
+        self._scanned = threading.Event()
+        self._scanner = threading.Thread(target=self._run_scan, name="kvstore-scan", daemon=True)
+        self._scanner.start()
 
     @property
     def name(self) -> str:
-        """The tier's name."""
-        return "file"
+        """As in metrics."""
+        return "nvme"
 
-    def put(self, key: ChunkKey, record: memoryview) -> bool:
-        """Write one record; it appears whole or not at all."""
-        outcome = self._put(key, record)
-        metrics.TIER_WRITES.labels(self.name, outcome).inc()
-        return outcome == "stored"
+    # Reading
+
+    def entry(self, key: ChunkKey) -> TierEntry | None:
+        """What is known about a key; while the scan runs, at the price of a short read for some."""
+        entry, may_be_found = self._ledger.find(key)
+        return self._probe(key) if may_be_found else entry
+
+    def contains(self, key: ChunkKey) -> bool:
+        """Whether a record is there and reads are not paused."""
+        if not self._reads.allows():
+            return False
+        entry, may_be_found = self._ledger.find(key)
+        return entry is not None or (may_be_found and self._probe(key) is not None)
 
     def get(self, key: ChunkKey) -> bytearray | None:
         """One record's bytes, or None; a damaged file is deleted."""
-        entry = self.entry(key)
-        if entry is None:
+        if (entry := self.entry(key)) is None:
             metrics.TIER_READS.labels(self.name, "miss").inc()
             return None
-        with _AlignedBuffer(entry.stored_bytes) as view:
-            return bytearray(view) if self.read_into(key, view) else None
+        with self._buffers.take(entry.stored_bytes) as view:
+            return bytearray(view) if self.read_into(key, view) is not None else None
 
-    def read_into(self, key: ChunkKey, view: memoryview) -> Header | None:
+    def read_into(
+        self, key: ChunkKey, view: memoryview, *, stop_s: float = math.inf, on_bytes: OnBytes | None = None
+    ) -> Header | None:
         """Read and verify one record into the caller's memory.
 
         Args:
             key: The chunk.
-            view: Exactly the record's stored length, starting on a page for direct I/O.
+            view: Exactly the record's stored length; on a page for speed.
+            stop_s: Monotonic time after which it is not gone on with. One system call may be under way then.
+            on_bytes: Told of bytes in place, every few MiB. They are proven only when this returns.
 
         Returns:
             The record's header, or None: `view` then holds anything.
         """
-        if self.entry(key) is None or not self._read_breaker.allows(now_s=self._clock.now_s()):
-            metrics.TIER_READS.labels(self.name, "miss").inc()
-            return None
-        try:
-            self._read_file(self._path(key), view)
-            header, _ = parse_record(view, expected_key=key)
-        except (DataError, OSError) as error:
-            self._note_failed_read(key, error)
-            return None
-        self._read_breaker.record_success()
-        self._touch(key)
-        metrics.TIER_READS.labels(self.name, "hit").inc()
+        header, outcome = self.load(key, view, stop_s=stop_s, on_bytes=on_bytes)
+        metrics.TIER_READS.labels(self.name, outcome).inc()
         return header
 
-    def entry(self, key: ChunkKey) -> FileEntry | None:
-        """What the index knows about a key; a hint."""
-        with self._lock:
-            return self._files.get(key)
+    def load(
+        self, key: ChunkKey, view: memoryview, *, stop_s: float, on_bytes: OnBytes | None
+    ) -> tuple[Header | None, str]:
+        """`read_into` without counting, with the outcome's name."""
+        if self._is_closed or not self._reads.allows() or self.entry(key) is None:
+            return None, "miss"
+        if (entry := self._ledger.begin_read(key, len(view))) is None:
+            return None, "miss"
+        try:
+            with self._reads.watch():
+                header = self._read_verified(key, view, stop_s=stop_s, on_bytes=on_bytes)
+        except (DataError, OSError) as error:
+            return None, self._note_failed_read(key, entry, error)
+        finally:
+            self._ledger.end_read(key)
+        if header is None:
+            return None, "late"
+        self._ledger.touch(key)
+        return header, "hit"
 
-    def contains(self, key: ChunkKey) -> bool:
-        """Whether a file is there and reads are not paused."""
-        return key in self._files and self._read_breaker.allows(now_s=self._clock.now_s())
+    # Writing
+
+    def put(self, key: ChunkKey, record: memoryview) -> bool:
+        """Write one record; it appears whole or not at all."""
+        outcome = self.store(key, record)
+        metrics.TIER_WRITES.labels(self.name, "error" if outcome == "refused" else outcome).inc()
+        return outcome == "stored"
+
+    def store(self, key: ChunkKey, record: memoryview) -> Outcome:
+        """`put` without counting, with the outcome's name."""
+        try:
+            header = parse_header(record, expected_key=key, expected_sealed=self._is_sealed)
+        except DataError:
+            return "refused"
+        if len(record) != header.stored_bytes or self._is_closed:
+            return "refused"
+        if self.entry(key) is not None:
+            self._ledger.touch(key)
+            return "stored"
+        if not self._writes.allows():
+            return "paused"
+        if (room := self._ledger.begin_write(key, _compact(entry_of(header)))) is None:
+            return "full"
+        is_there, victims = room
+        if is_there:
+            return "stored"
+        outcome: Outcome = "error"
+        try:
+            if self._retire(victims):
+                outcome = self._write(key, record, tenant=header.meta.tenant)
+        finally:
+            is_unwanted = self._ledger.end_write(key, stored=outcome == "stored")
+            self._remove_surplus()
+        if is_unwanted:
+            self.drop(key)
+        return outcome
 
     def drop(self, key: ChunkKey) -> bool:
-        """Delete one record."""
-        if not self._forget(key):
-            return False
-        self._unlink(self._path(key))
-        return True
+        """Delete one record; one that is being written goes when it is."""
+        is_ours, was_known = self._ledger.begin_drop(key)
+        return is_ours and (self._delete(key) or was_known)
+
+    def expire(self, *, now_unix_s: float, ttl_s: float) -> int:
+        """Delete records that were learned `ttl_s` ago or earlier; how many."""
+        keys = self._ledger.expired(now_unix_s, ttl_s)
+        for key in keys:
+            self.drop(key)
+            self._on_drop(key)
+        return len(keys)
+
+    # Books
 
     def keys(self) -> Iterator[tuple[ChunkKey, int]]:
-        """Keys in the index and the bytes of their files, least recently used first."""
+        """Keys known and the bytes of their files, in no order."""
         return iter([(key, entry.stored_bytes) for key, entry in self.entries()])
 
-    def entries(self) -> list[tuple[ChunkKey, FileEntry]]:
-        """The index, least recently used first."""
-        with self._lock:
-            return list(self._files.items())
+    def entries(self) -> list[tuple[ChunkKey, TierEntry]]:
+        """All that is known, in no order."""
+        return self._ledger.entries()
+
+    def uses(self, key: ChunkKey) -> int:
+        """How often a record was read in this life."""
+        return self._ledger.uses(key)
+
+    def pin(self, key: ChunkKey, *, until_s: float) -> bool:
+        """Keep a record from being evicted until a monotonic time; False if it is not here, or pins hold too much."""
+        return self.entry(key) is not None and self._ledger.pin(key, until_s=until_s)
+
+    def unpin(self, key: ChunkKey) -> None:
+        """End a pin; a key without one is ignored."""
+        self._ledger.unpin(key)
 
     def stat(self) -> TierStat:
-        """Counts now."""
-        with self._lock:
-            return TierStat(chunks=len(self._files), bytes=self._used_bytes, capacity_bytes=self.capacity_bytes)
+        """Counts now, with what the scan has listed so far."""
+        return self._ledger.stat()
+
+    def remove_leftovers(self) -> int:
+        """Delete temporary files that former lives left and the scan has missed; how many."""
+        return self._files.remove_leftovers()
+
+    @property
+    def can_read(self) -> bool:
+        """Whether the device answers reads: it did not fail often, and does not hang."""
+        return self._reads.allows()
+
+    @property
+    def can_write(self) -> bool:
+        """Whether the device takes writes."""
+        return self._writes.allows()
+
+    def wait_scanned(self, timeout_s: float | None = None) -> bool:
+        """Wait until all records of former lives are found; whether they are."""
+        return self._scanned.wait(timeout_s)
 
     def close(self) -> None:
-        """Give the folder up; files stay."""
+        """Give the folder up; records stay. Repeating it is harmless."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self._scan.is_stopping = True
+        self._scanner.join()
+        for path in self._ledger.all_spares():
+            remove(path)
+        self._hashers.shutdown()
+        self._buffers.close()
         self._owner.release()
 
-    def _put(self, key: ChunkKey, record: memoryview) -> str:
-        try:
-            header = parse_header(record, expected_key=key)
-        except DataError:
-            return "error"
-        if len(record) != header.stored_bytes:
-            return "error"
-        with self._lock:
-            if key in self._files:
-                self._files.move_to_end(key)
-                return "stored"
-        if not self._write_breaker.allows(now_s=self._clock.now_s()):
-            return "paused"
-        if not self._make_room(header.stored_bytes):
-            return "full"
-        try:
-            self._write_file(self._path(key), record)
-        except OSError as error:
-            self._write_breaker.record_failure(now_s=self._clock.now_s())
-            log.warning("file_tier_write_failed key=%s error=%s", short(key), str(error))
-            with self._lock:
-                self._writing_bytes -= header.stored_bytes
-            return "error"
-        self._write_breaker.record_success()
-        with self._lock:
-            self._writing_bytes -= header.stored_bytes
-            self._insert(key, FileEntry(header))
-        return "stored"
+    # Room
 
-    def _make_room(self, need_bytes: int) -> bool:
-        """Evict until `need_bytes` fit, and count them as being written."""
-        with self._lock:
-            over = self._used_bytes + self._writing_bytes + need_bytes - self.capacity_bytes
-            oldest_first = (Resident(key=k, start=0, units=entry.stored_bytes) for k, entry in self._files.items())
-            victims = lru_victims(oldest_first, need_units=over)
-            if victims is None:
+    def _retire(self, victims: list[ChunkKey]) -> bool:
+        """Turn the files of evicted records into spares; False if the device refuses: what is left is taken back."""
+        for index, key in enumerate(victims):
+            spare: tuple[str, int] | None = None
+            crash_point("evicted_before_unlink")
+            try:
+                spare = self._files.set_aside(key)
+            except FileNotFoundError:
+                pass
+            except OSError as error:
+                self._writes.note_error()
+                log.warning("file_tier_evict_failed key=%s error=%s", short(key), str(error))
+                self._take_back(victims[index:])
                 return False
-            for victim in victims:
-                self._used_bytes -= self._files.pop(victim).stored_bytes
-            self._writing_bytes += need_bytes
-        for victim in victims:
-            self._unlink(self._path(victim))
+            self._ledger.end_leave(key, spare=spare)
             metrics.EVICTIONS.labels(self.name).inc()
-            self._on_drop(victim)
+            self._on_drop(key)
         return True
 
-    def _insert(self, key: ChunkKey, entry: FileEntry) -> None:
-        before = self._files.pop(key, None)
-        self._used_bytes += entry.stored_bytes - (before.stored_bytes if before else 0)
-        self._files[key] = entry
+    def _retire_for_good(self, victims: list[ChunkKey]) -> None:
+        self._retire(victims)
+        self._remove_surplus()
 
-    def _touch(self, key: ChunkKey) -> None:
-        with self._lock:
-            if key in self._files:
-                self._files.move_to_end(key)
+    def _remove_surplus(self) -> None:
+        """Delete the spares that the capacity has no room for: not before the write that they were made for."""
+        for path in self._ledger.surplus_spares():
+            remove(path)
 
-    def _forget(self, key: ChunkKey) -> bool:
-        with self._lock:
-            entry = self._files.pop(key, None)
-            if entry is not None:
-                self._used_bytes -= entry.stored_bytes
-            return entry is not None
-
-    def _note_failed_read(self, key: ChunkKey, error: Exception) -> None:
-        # Not the error itself: its traceback holds views of the buffer, and a log handler may keep it.
-        log.warning("file_tier_read_failed key=%s error=%s", short(key), str(error))
-        is_gone = isinstance(error, FileNotFoundError)
-        is_broken = isinstance(error, DataError) or (isinstance(error, OSError) and error.errno in _BROKEN_FILE_ERRNOS)
-        if isinstance(error, OSError) and not is_gone:
-            self._read_breaker.record_failure(now_s=self._clock.now_s())
-        outcome = "miss" if is_gone else "corrupt" if isinstance(error, DataError) else "error"
-        metrics.TIER_READS.labels(self.name, outcome).inc()
-        if is_gone or is_broken:
-            self._unlink(self._path(key))
-            if self._forget(key):
+    def _take_back(self, keys: list[ChunkKey]) -> None:
+        """Records that could not be deleted are still there: nothing is lost on a disk that became read-only."""
+        for key in keys:
+            entry = None
+            with suppress(DataError, OSError), self._buffers.take(ALIGN) as page:
+                entry = self._read_entry(key, page)
+            self._ledger.end_leave(key, back=entry)
+            if entry is None:
                 self._on_drop(key)
 
-    def _path(self, key: ChunkKey) -> str:
-        name = key.hex()
-        return f"{self.folder}/{name[:2]}/{name}{_SUFFIX}"
+    def _free_disk(self, missing_bytes: int, *, need_bytes: int, tenant: str) -> bool:
+        """Make room on a full file system by eviction; whether it was enough."""
+        victims, is_enough = self._ledger.pick_for_disk(missing_bytes, tenant=tenant)
+        if not self._retire(victims):
+            return False
+        for path in self._ledger.all_spares(but_one_of_bytes=need_bytes):
+            remove(path)
+        return is_enough
 
-    def _write_file(self, path: str, record: memoryview) -> None:
-        temporary = f"{path}.{os.getpid()}.{next(self._names)}{_TEMPORARY}"
-        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC | (os.O_DIRECT if self.is_direct else 0)
-        fd = os.open(temporary, flags, 0o600)
-        try:
+    # Files
+
+    def _write(self, key: ChunkKey, record: memoryview, *, tenant: str) -> Outcome:
+        """Write the file, over a spare if there is one; on a full disk evict and try once more."""
+        for is_last in (False, True):
+            spare = self._ledger.take_spare(len(record))
             try:
-                _write_all(fd, record, is_direct=self.is_direct)
-            finally:
-                os.close(fd)
-            os.rename(temporary, path)
-        except OSError:
-            self._unlink(temporary)
-            raise
+                missing_bytes = 0 if spare else self._files.missing_bytes(len(record))
+                if not missing_bytes:
+                    with self._writes.watch():
+                        self._files.write(key, record, spare=spare)
+                    self._is_disk_full = False
+                    return "stored"
+            except OSError as error:
+                missing_bytes = self._files.missing_after(error, len(record))
+                if is_last or not missing_bytes:
+                    self._writes.note_error()
+                    log.warning("file_tier_write_failed key=%s error=%s", short(key), str(error))
+                    return "error"
+            if is_last or not self._free_disk(missing_bytes, need_bytes=len(record), tenant=tenant):
+                break
+        if not self._is_disk_full:
+            self._is_disk_full = True
+            log.warning("file_tier_disk_full folder=%s need_bytes=%d", self.folder, len(record))
+        return "full"
 
-    def _read_file(self, path: str, view: memoryview) -> None:
-        """Fill `view` with the whole file; a file of another size raises DataError."""
-        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_DIRECT if self.is_direct else 0)
-        fd = os.open(path, flags)
+    def _read_verified(
+        self, key: ChunkKey, view: memoryview, *, stop_s: float, on_bytes: OnBytes | None
+    ) -> Header | None:
+        verifier = RecordVerifier(view, expected_key=key, expected_sealed=self._is_sealed)
+        hashing: Future[None] | None = None
+
+        def note(num_bytes: int) -> None:
+            nonlocal hashing
+            if hashing is not None:
+                hashing.result()
+            # The last piece here: there is nothing to overlap it with.
+            hashing = self._hashers.submit(verifier, num_bytes) if num_bytes < len(view) else None
+            if on_bytes is not None:
+                on_bytes(num_bytes)
+
         try:
-            size = os.fstat(fd).st_size
-            if size != len(view):
-                raise DataError(f"file should have {len(view)} bytes, has {size}")
-            done = 0
-            while done < size:
-                # A short read at an odd offset cannot be continued with direct I/O: refuse it.
-                count = os.preadv(fd, [view[done:]], done)
-                if count == 0 or count % ALIGN:
-                    raise DataError(f"read {done + count} of {size} bytes")
-                done += count
-            if not self.is_direct:
-                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            if not self._files.read(key, view, on_bytes=note, is_late=lambda: self._clock.now_s() >= stop_s):
+                return None
         finally:
-            os.close(fd)
+            # Nobody may look at the view after this returned.
+            if hashing is not None:
+                wait([hashing])
+        verifier(len(view))
+        return verifier.finish()
 
-    def _scan(self) -> None:
-        """Rebuild the index from the files' headers, oldest first; delete what is no record."""
-        found: list[tuple[float, ChunkKey, FileEntry]] = []
-        for first_byte in range(256):
-            with os.scandir(f"{self.folder}/{first_byte:02x}") as files:
-                for file in files:
-                    if file.name.endswith(_TEMPORARY):
-                        self._unlink(file.path)
-                    elif file.name.endswith(_SUFFIX) and (entry := self._scan_file(file)) is not None:
-                        found.append((file.stat().st_mtime, entry.header.key, entry))
-        for _, key, entry in sorted(found, key=lambda item: item[:2]):
-            self._insert(key, entry)
-        self._make_room(0)
+    def _note_failed_read(self, key: ChunkKey, seen: TierEntry, error: DataError | OSError) -> str:
+        """What a failed read means for the record and the device; the outcome's name."""
+        # Not the error itself: its traceback holds views of the buffer, and a log handler may keep it.
+        log.warning("file_tier_read_failed key=%s error=%s", short(key), str(error))
+        number = error.errno if isinstance(error, OSError) else None
+        is_foreign = isinstance(error, ForeignFileError)
+        is_gone = number == errno.ENOENT
+        is_bad = isinstance(error, DataError)
+        if not is_gone and not is_bad:
+            self._reads.note_error()
+        if (is_gone or is_bad or number in _BROKEN_FILE_ERRNOS) and self._ledger.begin_discard(key, seen=seen):
+            self._delete(key, keep_file=is_foreign)
+            self._on_drop(key)
+        return "miss" if is_gone else "corrupt" if is_bad else "error"
 
-    def _scan_file(self, file: "os.DirEntry[str]") -> FileEntry | None:
-        """The index entry of one file; a file that is no record of its name is deleted."""
+    def _delete(self, key: ChunkKey, *, keep_file: bool = False) -> bool:
+        """Delete the file of a key that is leaving; whether there was one."""
+        crash_point("dropped_before_unlink")
+        was_there = not keep_file and remove(self._files.path(key))
+        self._ledger.end_leave(key)
+        return was_there
+
+    # The scan
+
+    def _run_scan(self) -> None:
         try:
-            key = parse_key(file.name.removesuffix(_SUFFIX))
-            header = parse_header(_read_start(file.path), expected_key=key)
-            size = file.stat(follow_symlinks=False).st_size
-        except OSError as error:
-            log.warning("file_tier_scan_skipped file=%s error=%s", file.name, error)
-            return None
-        except (DataError, ValueError) as error:
+            if self._scan.run():
+                self._scanned.set()
+        except Exception:
+            log.exception("file_tier_scan_failed folder=%s", self.folder)
+
+    def _probe(self, key: ChunkKey) -> TierEntry | None:
+        """Look for one record by its path, before the scan has come to it."""
+        started_s = time.monotonic()
+        with self._buffers.take(ALIGN) as page:
+            is_news = self._read_header(key, page)
+        if is_news:
+            self._on_found([key])
+        with self._ledger.lock:
+            self._ledger.findings.note_probe(time.monotonic() - started_s)
+        if self._scanned.is_set():
+            # Of a part that could not be listed: nobody else enters it in the books.
+            self._scan.enter_some()
+        return self._ledger.find(key)[0]
+
+    def _read_header(self, key: ChunkKey, page: memoryview) -> bool:
+        """Learn of one record of a former life; whether it is news. What is no record is deleted."""
+        try:
+            entry = self._read_entry(key, page)
+        except FileNotFoundError:
+            return False
+        except (ForeignFileError, OSError) as error:
+            log.warning("file_tier_scan_skipped key=%s error=%s", short(key), str(error))
+            return False
+        except DataError as error:
             metrics.TIER_READS.labels(self.name, "corrupt").inc()
-            log.warning("file_tier_scan_dropped file=%s error=%s", file.name, error)
-            self._unlink(file.path)
-            return None
-        if size != header.stored_bytes:
-            metrics.TIER_READS.labels(self.name, "corrupt").inc()
-            self._unlink(file.path)
-            return None
-        return FileEntry(header)
+            log.warning("file_tier_scan_dropped key=%s error=%s", short(key), str(error))
+            if self._ledger.begin_discard(key, seen=None):
+                self._delete(key)
+            return False
+        with self._ledger.lock:
+            return self._ledger.findings.note_header(key, entry)
 
-    @staticmethod
-    def _unlink(path: str) -> None:
-        # On a read-only disk the file stays; its record is verified whenever it is read.
-        with suppress(OSError):
-            os.unlink(path)
-
-
-class _AlignedBuffer:
-    """Anonymous pages as a writable view, unmapped at the end of a `with` block."""
-
-    def __init__(self, size: int) -> None:
-        self._pages = mmap.mmap(-1, size)
-        self._view = memoryview(self._pages)
-
-    def __enter__(self) -> memoryview:
-        return self._view
-
-    def __exit__(self, *_: object) -> None:
-        self._view.release()
-        # An error on its way up still refers to slices of the view: the pages go with it.
-        with suppress(BufferError):
-            self._pages.close()
+    def _read_entry(self, key: ChunkKey, page: memoryview) -> TierEntry:
+        num_bytes = self._files.read_start(key, page)
+        header = parse_header(page, expected_key=key, expected_sealed=self._is_sealed)
+        if num_bytes != header.stored_bytes:
+            raise DataError(f"file should have {header.stored_bytes} bytes, has {num_bytes}")
+        return _compact(entry_of(header))
 
 
-def _write_all(fd: int, record: memoryview, *, is_direct: bool) -> None:
-    if is_direct and _address(record) % ALIGN:
-        with _AlignedBuffer(len(record)) as view:
-            view[:] = record
-            _write_all(fd, view, is_direct=is_direct)
-        return
-    done = 0
-    while done < len(record):
-        done += os.pwrite(fd, record[done:], done)
-        if is_direct and done % ALIGN:
-            raise OSError(errno.EIO, "short direct write")
-    if not is_direct:
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def _read_start(path: str) -> bytes:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    try:
-        return os.pread(fd, ALIGN, 0)
-    finally:
-        os.close(fd)
-
-
-def _address(view: memoryview) -> int:
-    address: int = np.frombuffer(view, dtype=np.uint8).__array_interface__["data"][0]
-    return address
+def _compact(entry: TierEntry) -> TierEntry:
+    """The entry with strings that all entries share."""
+    return msgspec.structs.replace(entry, codec=sys.intern(entry.codec), tenant=sys.intern(entry.tenant))

@@ -7,6 +7,7 @@ import errno
 import fcntl
 import mmap
 import os
+import stat
 import time
 from contextlib import suppress
 from typing import Final
@@ -33,11 +34,26 @@ def prepare_folder(folder: str) -> None:
     """
     try:
         os.makedirs(folder, mode=0o700, exist_ok=True)
+        # The folder itself may be reached by a link; what is in it may not.
+        _expect_own(folder, os.stat(folder))
         for first_byte in range(256):
+            part = f"{folder}/{first_byte:02x}"
             with suppress(FileExistsError):
-                os.mkdir(f"{folder}/{first_byte:02x}", mode=0o700)
+                os.mkdir(part, mode=0o700)
+            _expect_own(part, os.lstat(part))
     except OSError as error:
         raise FolderUnusableError(f"file tier folder {folder} cannot be made: {error}") from error
+
+
+def _expect_own(folder: str, seen: os.stat_result) -> None:
+    """Refuse a folder in which others could plant records: checksums find accidents, not attackers."""
+    if not stat.S_ISDIR(seen.st_mode):
+        raise FolderUnusableError(f"file tier folder {folder} cannot be read: it is no folder")
+    if seen.st_uid != os.geteuid() or seen.st_mode & 0o022:
+        raise FolderUnusableError(
+            f"file tier folder {folder} must belong to user {os.geteuid()} and be writable by nobody else; "
+            f"it belongs to {seen.st_uid} and has mode {stat.S_IMODE(seen.st_mode):o}"
+        )
 
 
 class FolderLock:

@@ -41,7 +41,10 @@ class _FileTierContract(DurableTierContract):
     def reopen(self, tier: Tier) -> Tier:
         capacity_bytes = tier.stat().capacity_bytes
         tier.close()
-        return self.make(capacity_bytes=capacity_bytes)
+        again = self.make(capacity_bytes=capacity_bytes)
+        assert isinstance(again, FileTier)
+        assert again.wait_scanned(10.0)
+        return again
 
     def raw_write(self, tier: Tier, key: ChunkKey, data: bytes) -> None:
         (self.folder / key.hex()[:2] / f"{key.hex()}.rec").write_bytes(data)

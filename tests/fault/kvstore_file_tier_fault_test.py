@@ -112,6 +112,7 @@ def test_scan_cleans_up_after_a_crash(tmp_path: Path) -> None:
     foreign = files[0].with_name("notes.txt")
     foreign.write_text("somebody else's")
     tier = FileTier(tmp_path, capacity_bytes=1 << 20)
+    assert tier.wait_scanned(10.0)
     assert [key for key, _ in tier.keys()] == [sample_key(0)]  # noqa: SIM118 not a dict
     assert not unfinished.exists()
     assert not files[1].exists()
@@ -128,6 +129,7 @@ def test_smaller_capacity_after_a_restart_is_kept(tmp_path: Path) -> None:
         os.utime(path, (index, index))
     tier.close()
     tier = FileTier(tmp_path, capacity_bytes=2 * len(record_of(0, 9000)))
+    assert tier.wait_scanned(10.0)
     assert {key for key, _ in tier.keys()} == {sample_key(2), sample_key(3)}  # noqa: SIM118 not a dict
     tier.close()
 
