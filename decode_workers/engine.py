@@ -74,7 +74,10 @@ def _attach(params: SamplingParams, execution: Execution | None, ids: list[int] 
     if execution is not None and (execution.load or execution.save):
         if ids is not None and tuple(ids) == execution.prompt_token_ids:
             extra[_TRANSFER] = build_transfer_params(
-                load=execution.load, save=execution.save, load_deadline_s=execution.load_deadline_s
+                load=execution.load,
+                save=execution.save,
+                load_deadline_s=execution.load_deadline_s,
+                cache_salt=execution.cache_salt,
             )
         else:
             FALLBACKS.labels(reason=FallbackReason.OTHER_PROMPT).inc()

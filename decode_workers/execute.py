@@ -15,7 +15,16 @@ from typing import Final
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from decode_workers.metrics import ENDED, FALLBACKS, PLANS_REJECTED, PROMPT_TOKENS, REQUESTS, REUSED_TOKENS
+from decode_workers.metrics import (
+    ENDED,
+    FALLBACKS,
+    KEPT_TOKENS,
+    PLANS_REJECTED,
+    PROMISED_TOKENS,
+    PROMPT_TOKENS,
+    REQUESTS,
+    REUSED_TOKENS,
+)
 from decode_workers.plan import Execution, PrefillOutcome, plan_execution, prefill_budget_s
 from decode_workers.prefill import PrefillClient
 from decode_workers.settings import DecodeSettings
@@ -175,4 +184,8 @@ def count_reuse(execution: Execution | None, *, prompt_tokens: int, cached_token
     reused = min(cached_tokens, bound)
     PROMPT_TOKENS.inc(prompt_tokens)
     REUSED_TOKENS.inc(reused)
+    # The last token of a prompt is always computed, so nobody can promise it.
+    promised = min(execution.promised_tokens, max(0, prompt_tokens - 1)) if execution else 0
+    PROMISED_TOKENS.inc(promised)
+    KEPT_TOKENS.inc(min(promised, reused))
     return reused

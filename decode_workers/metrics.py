@@ -43,3 +43,14 @@ REUSED_TOKENS: Final = counter(
     "Prompt tokens that nobody computed for the request they were used in (`cached_tokens`).",
     when_it_moves="Its rate over that of the prompt tokens is the hit ratio, token-weighted.",
 )
+PROMISED_TOKENS: Final = counter(
+    "learnonce_decode_promised_tokens_total",
+    "Prompt tokens that the router believed held when it planned the request (its directory's promise).",
+    when_it_moves="The base of the directory's self-check.",
+)
+KEPT_TOKENS: Final = counter(
+    "learnonce_decode_kept_tokens_total",
+    "Promised prompt tokens that really need not be computed. What is missing to the promise is phantom credit.",
+    when_it_moves="Falls behind the promise: stores evict or lose chunks faster than routers hear of it, loads miss "
+    "their deadline, or a node is cut off; look at peer reads, client reads and feed resyncs.",
+)

@@ -21,6 +21,7 @@ from kvstore.engine.exposition import metrics_endpoint
 from kvstore.engine.noop import NoopEngine, NoopEngineDeadError, NoopRequest
 from kvstore.engine.serving import error_body
 from kvstore.engine.worker import ENGINE_DEAD
+from kvstore.keys import tenant_of
 from kvstore.wire import Refusal
 
 _DEFAULT_MAX_TOKENS: Final = 16
@@ -114,6 +115,7 @@ def _work(body: _Body) -> NoopRequest:
             load=execution.load,
             save=execution.save,
             load_deadline_s=execution.load_deadline_s,
+            tenant=tenant_of(execution.cache_salt),
             max_tokens=max_tokens,
         )
     if isinstance(body.prompt, list):

@@ -65,6 +65,8 @@ class Execution:
     """From token 0 on, without a gap."""
     save: tuple[Span, ...] = ()
     load_deadline_s: float = 0.0
+    promised_tokens: int = 0
+    """From token 0 on, what the router believed held: compared with what turns out to be reused."""
     max_reused_tokens: int | None = None
     """Bound on what is reported as reused: what a prefill replica computed for this very request is not."""
     fallback: FallbackReason | None = None
@@ -107,6 +109,7 @@ def plan_execution(plan: Plan, outcome: PrefillOutcome | None) -> Execution:
         load=load,
         save=tuple(span for span in to_compute if span.save),
         load_deadline_s=plan.load_deadline_s,
+        promised_tokens=plan.held_tokens,
         max_reused_tokens=answer.reused_tokens if answer else None,
         fallback=reason,
     )

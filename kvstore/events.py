@@ -1,11 +1,12 @@
 """What a node store tells the cluster: which chunks it holds, in order, without gaps that go unnoticed.
 
-Covers: event values, the signed messages that carry them, publisher (in stores) and feed (in routers).
-Does not cover: the router's directory itself (a fold over what the feed yields).
+Covers: event values, the signed messages that carry them, publisher (in stores) and feed (in routers and other stores).
+Does not cover: directories (folds over what the feed yields), who may connect (`kvstore.events_socket`).
 
 Events travel over ZMQ PUB; a store also answers snapshot requests on a ROUTER socket, with the events since a sequence
-number when its bounded ring still has them, else with everything it holds. Every message carries an HMAC of the
-cluster's secret. A store without news sends heartbeats, so that its silence means something.
+number when its bounded ring still has them, else with everything it holds. Only who knows the cluster's secret gets a
+connection, and every message carries an HMAC besides. A store without news sends heartbeats, so that its silence means
+something; a connection that breaks tells at once.
 """
 
 import asyncio
@@ -14,18 +15,18 @@ import hmac
 import logging
 import secrets
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import suppress
 from enum import StrEnum
-from typing import Any, Final, Self, TypeVar
+from typing import Any, Final, Literal, Self, TypeVar
 
 import msgspec
 import zmq
-import zmq.asyncio
 
 from cluster.clock import Clock, SystemClock
-from cluster.errors import CallerError, DataError
+from cluster.errors import DataError
 from kvstore import metrics
+from kvstore.events_socket import PortTakenError, SocketFactory
 from kvstore.wire import StoreEndpoint
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,26 @@ _MAC_BYTES: Final = 32
 _EVENT_TAG: Final = b"learnonce event 1"
 _ASK_TAG: Final = b"learnonce snapshot request 1"
 _ANSWER_TAG: Final = b"learnonce snapshot answer 1"
+_STEADY_S: Final = 10.0
+"""A store that was there for this long is asked again at once when it is lost."""
+_FIRST_PAUSE_S: Final = 0.05
+_MAX_PAUSE_S: Final = 2.0
+
+__all__ = [
+    "ChunkChange",
+    "ChunkEvent",
+    "DirectoryFeed",
+    "EventBatch",
+    "EventPublisher",
+    "EventRejectedError",
+    "FeedItem",
+    "HeldChunk",
+    "PortTakenError",
+    "StoreLost",
+    "StoreSnapshot",
+    "seal",
+    "unseal",
+]
 
 
 class ChunkChange(StrEnum):
@@ -63,6 +84,10 @@ class ChunkEvent(msgspec.Struct, frozen=True, array_like=True):
     node_id: str
     epoch: str
     seq: int
+    base_position: int = 0
+    """Position of the first token when the KV was computed."""
+    tenant: str = ""
+    learned_unix_s: float = 0.0
 
 
 class HeldChunk(msgspec.Struct, frozen=True, array_like=True):
@@ -74,6 +99,9 @@ class HeldChunk(msgspec.Struct, frozen=True, array_like=True):
     num_bytes: int
     num_tokens: int
     codec: str
+    base_position: int = 0
+    tenant: str = ""
+    learned_unix_s: float = 0.0
 
 
 class StoreSnapshot(msgspec.Struct, frozen=True, kw_only=True, tag="snapshot"):
@@ -148,10 +176,6 @@ def unseal(data: bytes, kind: type[M], *, secret: bytes, tag: bytes) -> M:
         raise EventRejectedError(f"message is damaged: {error}") from error
 
 
-class PortTakenError(CallerError):
-    """A port that another process listens on."""
-
-
 class EventPublisher:
     """The store's side, on the running event loop.
 
@@ -168,6 +192,7 @@ class EventPublisher:
         heartbeat_s: Longest silence.
         snapshot: What the store holds now.
         clock: For the heartbeats.
+        advertise_host: What others connect to, where `bind_host` means every interface.
 
     Raises:
         PortTakenError: Somebody else listens there.
@@ -186,6 +211,7 @@ class EventPublisher:
         heartbeat_s: float,
         snapshot: Callable[[], tuple[HeldChunk, ...]],
         clock: Clock | None = None,
+        advertise_host: str | None = None,
     ) -> None:
         self._node_id = node_id
         self._epoch = epoch
@@ -195,19 +221,19 @@ class EventPublisher:
         self._clock = clock or SystemClock()
         self._ring: deque[ChunkEvent] = deque(maxlen=ring_events)
         self._next_seq = 1
-        self._context = zmq.Context()
-        self._async_context: zmq.asyncio.Context = zmq.asyncio.Context(self._context)
-        self._publisher = self._context.socket(zmq.PUB)
-        self._router = self._async_context.socket(zmq.ROUTER)
+        self._sockets = SocketFactory(secret, has_own_context=True)
         try:
-            for socket in (self._publisher, self._router):
-                socket.setsockopt(zmq.LINGER, 0)
-            self._router.setsockopt(zmq.MAXMSGSIZE, MAX_ASK_BYTES)
-            self.events_address = _bind(self._publisher, bind_host, events_port)
-            self.snapshot_address = _bind(self._router, bind_host, snapshot_port)
+            self._publisher = self._sockets.bound(
+                zmq.PUB, host=bind_host, port=events_port, max_message_bytes=MAX_ASK_BYTES
+            )
+            self._router = self._sockets.bound(
+                zmq.ROUTER, host=bind_host, port=snapshot_port, max_message_bytes=MAX_ASK_BYTES
+            )
         except BaseException:
-            self._close_sockets()
+            self._sockets.close()
             raise
+        self.events_address = _address(self._publisher, advertise_host)
+        self.snapshot_address = _address(self._router, advertise_host)
         loop = asyncio.get_running_loop()
         self._tasks = [loop.create_task(self._beat()), loop.create_task(self._answer())]
 
@@ -223,6 +249,9 @@ class EventPublisher:
             node_id=self._node_id,
             epoch=self._epoch,
             seq=self._next_seq,
+            base_position=chunk.base_position,
+            tenant=chunk.tenant,
+            learned_unix_s=chunk.learned_unix_s,
         )
         self._next_seq += 1
         self._ring.append(event)
@@ -234,7 +263,7 @@ class EventPublisher:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._close_sockets()
+        self._sockets.close()
 
     def _send(self, events: tuple[ChunkEvent, ...]) -> None:
         batch = EventBatch(node_id=self._node_id, epoch=self._epoch, next_seq=self._next_seq, events=events)
@@ -256,8 +285,10 @@ class EventPublisher:
                 log.warning("snapshot_request_rejected error=%s", error)
                 continue
             answer = _Answer(nonce=ask.nonce, content=self._content(ask))
+            # On a thread: a snapshot of a million chunks takes a second to encode and sign.
+            sealed = await asyncio.to_thread(seal, answer, secret=self._secret, tag=_ANSWER_TAG)
             with suppress(zmq.ZMQError):
-                await self._router.send_multipart([peer, seal(answer, secret=self._secret, tag=_ANSWER_TAG)])
+                await self._router.send_multipart([peer, sealed])
 
     def _content(self, ask: _Ask) -> EventBatch | StoreSnapshot:
         first_kept = self._next_seq - len(self._ring)
@@ -266,19 +297,10 @@ class EventPublisher:
             return EventBatch(node_id=self._node_id, epoch=self._epoch, next_seq=self._next_seq, events=events)
         return StoreSnapshot(node_id=self._node_id, epoch=self._epoch, seq=self._next_seq - 1, chunks=self._snapshot())
 
-    def _close_sockets(self) -> None:
-        self._publisher.close(0)
-        self._router.close(0)
-        self._context.term()
 
-
-def _bind(socket: "zmq.Socket[Any]", host: str, port: int | None) -> str:
-    try:
-        socket.bind(f"tcp://{host}:{port or '*'}")
-    except zmq.ZMQError as error:
-        raise PortTakenError(f"cannot listen on {host}:{port or 'a free port'}: {error}") from error
+def _address(socket: Any, advertise_host: str | None) -> str:
     address: str = socket.getsockopt_string(zmq.LAST_ENDPOINT)
-    return address
+    return f"tcp://{advertise_host}:{address.rsplit(':', 1)[1]}" if advertise_host else address
 
 
 class DirectoryFeed:
@@ -287,7 +309,8 @@ class DirectoryFeed:
     Guarantees:
         Folding the items in order gives what the store held at some moment not long ago. Items of one epoch are
         applied once and without gaps: what was missed is asked for again, or replaced by a new snapshot.
-        A silent or dead store yields one `StoreLost`; the feed goes on trying, and a snapshot follows if it returns.
+        A dead store yields `StoreLost` as soon as its connection breaks, a silent one after `silence_s`; the feed goes
+        on trying, less and less often if the store comes and goes, and a snapshot follows if it returns.
         Nothing is buffered here but ZMQ's own bounded queue: a slow consumer causes gaps, not memory.
 
     Args:
@@ -314,16 +337,20 @@ class DirectoryFeed:
         self._secret = secret
         self._silence_s = silence_s
         self._answer_s = answer_s
-        self._context: zmq.asyncio.Context = zmq.asyncio.Context()
-        self._subscriber = self._context.socket(zmq.SUB)
-        self._subscriber.setsockopt(zmq.LINGER, 0)
-        self._subscriber.setsockopt(zmq.RCVHWM, queued_messages)
-        self._subscriber.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
-        self._subscriber.setsockopt(zmq.SUBSCRIBE, b"")
-        self._subscriber.connect(endpoint.events_address)
+        self._sockets = SocketFactory(secret)
+        self._subscriber = self._sockets.connected(
+            zmq.SUB, endpoint.events_address, max_message_bytes=MAX_MESSAGE_BYTES, queued_messages=queued_messages
+        )
+        self._breaks = self._sockets.breaks(self._subscriber)
+        self._message: asyncio.Future[bytes] | None = None
+        """What is being received; kept over time-outs, so that nothing is lost between two."""
+        self._break: asyncio.Future[list[bytes]] | None = None
         self._epoch = ""
         """Epoch of what was yielded; "" while nothing is believed."""
         self._seq = 0
+        self._believed_s = float("-inf")
+        self._num_losses = 0
+        """Losses of a store that did not stay."""
 
     async def __aenter__(self) -> Self:
         return self
@@ -333,14 +360,19 @@ class DirectoryFeed:
 
     def close(self) -> None:
         """Disconnect. Repeating it is harmless."""
-        # With every socket: one that a running `items` still asks on would block the loop for ever.
-        self._context.destroy(linger=0)
+        self._sockets.close()
 
-    async def items(self) -> AsyncIterator[FeedItem]:
+    @property
+    def pause_s(self) -> float:
+        """Seconds before a store that was lost is asked again: longer if it never stays."""
+        return min(_MAX_PAUSE_S, _FIRST_PAUSE_S * 2.0 ** min(self._num_losses, 16))
+
+    async def items(self) -> AsyncGenerator[FeedItem, None]:
         """Snapshot, events, losses; never ends by itself."""
         reason = "start"
         while True:
             metrics.FEED_RESYNCS.labels(reason).inc()
+            self._forget_breaks()
             content = await self._ask()
             if content is None:
                 for item in self._lose():
@@ -352,10 +384,11 @@ class DirectoryFeed:
             # Events until something is wrong with them.
             while True:
                 batch = await self._next_batch()
-                if batch is None:
-                    reason = "silence"
+                if isinstance(batch, str):
+                    reason = batch
                     for item in self._lose():
                         yield item
+                    await asyncio.sleep(self.pause_s)
                     break
                 if batch.epoch != self._epoch:
                     reason = "epoch"
@@ -374,6 +407,7 @@ class DirectoryFeed:
         """What is new in it."""
         if isinstance(content, StoreSnapshot):
             self._epoch, self._seq = content.epoch, content.seq
+            self._believed_s = asyncio.get_running_loop().time()
             return [content]
         fresh = [event for event in content.events if event.seq > self._seq]
         self._seq = max(self._seq, content.next_seq - 1)
@@ -382,16 +416,29 @@ class DirectoryFeed:
     def _lose(self) -> list[FeedItem]:
         if not self._epoch:
             return []
+        stayed = asyncio.get_running_loop().time() - self._believed_s >= _STEADY_S
+        self._num_losses = 0 if stayed else self._num_losses + 1
         lost = StoreLost(node_id=self.endpoint.node_id, epoch=self._epoch)
         self._epoch, self._seq = "", 0
         return [lost]
 
-    async def _next_batch(self) -> EventBatch | None:
-        """The next authentic batch of this node; None after too long a silence."""
+    def _forget_breaks(self) -> None:
+        """Breaks from before this question say nothing about its answer."""
+        while True:
+            if self._break is None:
+                self._break = self._breaks.recv_multipart()
+            if not self._break.done():
+                return
+            self._break = None
+
+    async def _next_batch(self) -> EventBatch | Literal["silence", "closed"]:
+        """The next authentic batch of this node, or why there will be none."""
         with suppress(TimeoutError):
             async with asyncio.timeout(self._silence_s):
                 while True:
-                    data = await self._subscriber.recv()
+                    data = await self._receive()
+                    if data is None:
+                        return "closed"
                     try:
                         batch = unseal(data, EventBatch, secret=self._secret, tag=_EVENT_TAG)
                     except EventRejectedError:
@@ -399,16 +446,28 @@ class DirectoryFeed:
                         continue
                     if batch.node_id == self.endpoint.node_id:
                         return batch
+        return "silence"
+
+    async def _receive(self) -> bytes | None:
+        """The next message; None if the connection broke, and everything before was received."""
+        if self._message is None:
+            self._message = self._subscriber.recv()
+        if self._break is None:
+            self._break = self._breaks.recv_multipart()
+        if not self._message.done():
+            await asyncio.wait({self._message, self._break}, return_when=asyncio.FIRST_COMPLETED)
+        if self._message.done():
+            message, self._message = self._message, None
+            return message.result()
+        self._break = None
         return None
 
     async def _ask(self) -> EventBatch | StoreSnapshot | None:
         """What was missed, or everything; None if the store does not answer in time."""
         ask = _Ask(nonce=secrets.token_bytes(16), epoch=self._epoch, after_seq=self._seq)
-        dealer = self._context.socket(zmq.DEALER)
+        address = self.endpoint.snapshot_address
+        dealer = self._sockets.connected(zmq.DEALER, address, max_message_bytes=MAX_MESSAGE_BYTES)
         try:
-            dealer.setsockopt(zmq.LINGER, 0)
-            dealer.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
-            dealer.connect(self.endpoint.snapshot_address)
             async with asyncio.timeout(self._answer_s):
                 await dealer.send(seal(ask, secret=self._secret, tag=_ASK_TAG))
                 while True:
@@ -418,7 +477,7 @@ class DirectoryFeed:
         except TimeoutError:
             return None
         finally:
-            dealer.close(0)
+            self._sockets.close_socket(dealer)
 
     def _accept(self, data: bytes, ask: _Ask) -> EventBatch | StoreSnapshot | None:
         try:

@@ -4,6 +4,7 @@ Covers: one call into it. Does not cover: the engine (`kvstore.engine.noop`), qu
 """
 
 from kvstore.engine.noop import NoopEngine, NoopRequest
+from kvstore.keys import tenant_of
 from prefill_workers.plan import PrefillWork
 
 
@@ -21,6 +22,7 @@ class NoopPrefillEngine(NoopEngine):
             load=work.load,
             save=work.save,
             load_deadline_s=work.load_deadline_s,
+            tenant=tenant_of(work.cache_salt),
             max_tokens=1,
         )
         reused = 0

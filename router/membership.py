@@ -142,3 +142,7 @@ class Membership:
                 if known is None or member.reported_s > known[0]:
                     newest[store.node_id] = (member.reported_s, store)
         return {node_id: endpoint for node_id, (_, endpoint) in newest.items()}
+
+    def sharing_nodes(self) -> frozenset[str]:
+        """Nodes whose stores read from each other."""
+        return frozenset(node_id for node_id, store in self.stores().items() if store.peer_address)

@@ -224,6 +224,7 @@ class Planner:
             decode=tuple(self._replica_view(report) for report in self._membership.ready(Role.DECODE)),
             prefill=tuple(self._replica_view(report) for report in self._ready_prefill()),
             nodes_by_key=self._directory.nodes_by_key(span.key for span in spans),
+            sharing_nodes=self._membership.sharing_nodes(),
         )
 
     def _ready_prefill(self) -> list[WorkerReport]:

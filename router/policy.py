@@ -44,7 +44,7 @@ class Decision:
     prefill: tuple[Peer, ...] = ()
     spans: tuple[Span, ...] = ()
     hit_tokens: int = 0
-    """Tokens from position 0 that the decode replica can read."""
+    """Tokens from position 0 that the decode replica can read, wherever they are."""
     uncached_tokens: int = 0
     prefill_deadline_s: float = 0.0
     load_deadline_s: float = 0.0
@@ -89,7 +89,8 @@ def choose_learner(view: View, *, rule: RuleSettings) -> ReplicaView:
     Raises:
         NoReplicaError: No prefill replica can take work.
     """
-    ready = _idle_first([replica for replica in view.prefill if replica.has_store], rule)
+    by_id = sorted(view.prefill, key=lambda replica: replica.peer.replica_id)
+    ready = _idle_first([replica for replica in by_id if replica.has_store], rule)
     if not ready:
         raise NoReplicaError("no prefill replica can learn passages now")
     return ready[0]
@@ -114,15 +115,19 @@ def _choose_decode(request: PlacementRequest, view: View, rule: RuleSettings) ->
     least = min(replica.booked_tokens for replica in view.decode)
     limit = least + rule.decode_max_lead_tokens
 
-    def rank(replica: ReplicaView) -> tuple[bool, int, int, str]:
+    def rank(replica: ReplicaView) -> tuple[bool, int, int, int, str]:
         held = view.held_prefix_tokens(request.spans, node_id=replica.node_id)
+        local = view.local_tokens(request.spans, node_id=replica.node_id)
         overloaded = replica.booked_tokens > limit
-        return (overloaded, 0 if overloaded else -held, replica.booked_tokens, replica.peer.replica_id)
+        wanted = (0, 0) if overloaded else (-held, -local)
+        return (overloaded, *wanted, replica.booked_tokens, replica.peer.replica_id)
 
     best = min(view.decode, key=rank)
     held = view.held_prefix_tokens(request.spans, node_id=best.node_id)
+    local = view.local_tokens(request.spans, node_id=best.node_id)
+    elsewhere = f" and {held - local} more are on other nodes" if held > local else ""
     return best, (
-        f"decode on {best.peer.replica_id}: its node holds {held} of {request.num_tokens} tokens,"
+        f"decode on {best.peer.replica_id}: its node holds {local} of {request.num_tokens} tokens{elsewhere},"
         f" {best.booked_tokens} tokens booked, best of {len(view.decode)}"
     )
 
@@ -136,28 +141,37 @@ def _choose_prefill(
         return [], f"local: {uncached_tokens} uncached tokens are under {rule.remote_min_tokens}", False
     if not decode.has_store:
         return [], "local: the decode replica's node has no store to hand over through", True
-    reachable = [replica for replica in view.prefill if replica.node_id == decode.node_id and replica.has_store]
+    reachable = [r for r in view.prefill if r.has_store and view.share(r.node_id, decode.node_id)]
     if not reachable:
         return (
             [],
-            f"local: no prefill replica is ready on the decode replica's node ({len(view.prefill)} elsewhere)",
+            "local: no prefill replica is ready on the decode replica's node, or on one that shares chunks with it"
+            f" ({len(view.prefill)} elsewhere)",
             True,
         )
-    ready = _idle_first(reachable, rule)
+
+    def distance(replica: ReplicaView) -> tuple[bool, int]:
+        is_far = replica.node_id != decode.node_id
+        return (is_far, -view.local_tokens(request.spans, node_id=replica.node_id))
+
+    # Of equally busy ones the nearest: its chunks need not travel.
+    ready = _idle_first(sorted(reachable, key=lambda r: (distance(r), r.peer.replica_id)), rule)
     if not ready:
         booked = min(replica.booked_tokens for replica in reachable)
         return [], f"local: every prefill replica is overloaded (least booked: {booked} tokens)", True
     first = ready[0]
+    where = "" if first.node_id == decode.node_id else " on another node"
     reason = (
-        f"remote on {first.peer.replica_id}: {uncached_tokens} uncached tokens,"
+        f"remote on {first.peer.replica_id}{where}: {uncached_tokens} uncached tokens,"
         f" {first.booked_tokens} tokens booked, best of {len(ready)}"
     )
     return ready[: rule.max_candidates], reason, True
 
 
 def _idle_first(replicas: Sequence[ReplicaView], rule: RuleSettings) -> list[ReplicaView]:
+    """Those that may take work, the least booked first; equals stay in their order."""
     ready = (replica for replica in replicas if replica.booked_tokens <= rule.prefill_max_booked_tokens)
-    return sorted(ready, key=lambda replica: (replica.booked_tokens, replica.peer.replica_id))
+    return sorted(ready, key=lambda replica: replica.booked_tokens)
 
 
 def _spans(spans: Sequence[KeyedSpan], *, view: View, rule: RuleSettings, replica: ReplicaView) -> tuple[Span, ...]:

@@ -49,9 +49,21 @@ class View:
     nodes_by_key: Mapping[ChunkKey, frozenset[str]] = field(default_factory=dict)
     """Nodes whose store holds each of the request's chunks; keys held nowhere are absent."""
 
-    def holds(self, span: KeyedSpan, *, node_id: str) -> bool:
-        """Whether the span can be read on `node_id`. Chunks do not travel between nodes yet."""
+    sharing_nodes: frozenset[str] = frozenset()
+    """Nodes whose stores read from each other: a chunk on one of them can be read on all of them."""
+
+    def is_local(self, span: KeyedSpan, *, node_id: str) -> bool:
+        """Whether the node's own store holds the span."""
         return node_id in self.nodes_by_key.get(span.key, frozenset())
+
+    def holds(self, span: KeyedSpan, *, node_id: str) -> bool:
+        """Whether the span can be read on `node_id`, from its own store or from another node's."""
+        nodes = self.nodes_by_key.get(span.key, frozenset())
+        return node_id in nodes or (node_id in self.sharing_nodes and bool(nodes & self.sharing_nodes))
+
+    def share(self, one: str, other: str) -> bool:
+        """Whether what is saved on one node can be read on the other."""
+        return one == other or {one, other} <= self.sharing_nodes
 
     def held_prefix_tokens(self, spans: Sequence[KeyedSpan], *, node_id: str) -> int:
         """Tokens from position 0 that can be read on `node_id` without a gap."""
@@ -61,3 +73,8 @@ class View:
                 break
             stop = span.stop
         return stop
+
+    def local_tokens(self, spans: Sequence[KeyedSpan], *, node_id: str) -> int:
+        """Those of `held_prefix_tokens` that the node's own store holds."""
+        stop = self.held_prefix_tokens(spans, node_id=node_id)
+        return sum(s.num_tokens for s in spans if s.stop <= stop and self.is_local(s, node_id=node_id))

@@ -1,10 +1,13 @@
 """The event stream: a snapshot, then every change; what is missed is noticed and made good."""
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
+import zmq
+import zmq.asyncio
 
 from kvstore.client import NodeStoreClient
 from kvstore.events import (
@@ -18,8 +21,9 @@ from kvstore.events import (
     StoreLost,
     StoreSnapshot,
 )
+from kvstore.events_socket import SocketFactory
 from kvstore.node import NodeStore
-from kvstore.settings import FileTierSettings, StoreSettings
+from kvstore.settings import NvmeSettings, StoreSettings
 from kvstore.testing.poll import wait_until
 from kvstore.testing.samples import sample_key
 from kvstore.testing.store_client import write_chunk
@@ -195,6 +199,8 @@ async def test_restarted_store_is_a_new_epoch() -> None:
         await old.publisher.stop()
         new = Node(epoch="e2", ports=ports)
         new.add(2)
+        # Its connection broke: that says more than ten seconds of silence.
+        assert await reader.next() == StoreLost(node_id="n1", epoch="e1")
         item = await reader.next()
         assert isinstance(item, StoreSnapshot)
         assert item.epoch == "e2"
@@ -221,6 +227,72 @@ async def test_silent_store_is_lost_once_and_found_again() -> None:
         assert reader.keys == {sample_key(2)}
         await reader.close()
     await again.publisher.stop()
+
+
+async def test_dead_store_is_lost_when_its_connection_breaks() -> None:
+    """Long before its silence says so; what it said last still counts."""
+    node = Node()
+    async with DirectoryFeed(node.endpoint, secret=SECRET, silence_s=DEADLINE_S) as feed:
+        reader = Reader(feed)
+        await reader.next()
+        node.add(1, 2)
+        start_s = asyncio.get_running_loop().time()
+        await reader.until(lambda: len(reader.keys) == 2)
+        await node.publisher.stop()
+        assert await reader.next() == StoreLost(node_id="n1", epoch="e1")
+        assert asyncio.get_running_loop().time() - start_s < DEADLINE_S / 3
+        await reader.close()
+
+
+async def test_flapping_store_is_asked_less_and_less_often() -> None:
+    node = Node()
+    ports = node.ports
+    async with DirectoryFeed(node.endpoint, secret=SECRET) as feed:
+        reader = Reader(feed)
+        pauses = []
+        for _ in range(4):
+            await reader.until(lambda: isinstance(reader.items[-1], StoreSnapshot) if reader.items else False)
+            await node.publisher.stop()
+            assert isinstance(await reader.next(), StoreLost)
+            pauses.append(feed.pause_s)
+            node = Node(ports=ports)
+        assert pauses == sorted(pauses)
+        assert pauses[-1] >= 8 * pauses[0] > 0
+        await reader.close()
+    await node.publisher.stop()
+
+
+async def test_port_tells_strangers_nothing(node: Node) -> None:
+    """Neither who speaks plain ZMQ, nor who derives keys from another secret, is ever connected."""
+    context = zmq.asyncio.Context()
+    plain = context.socket(zmq.SUB)
+    plain.setsockopt(zmq.SUBSCRIBE, b"")
+    plain.connect(node.endpoint.events_address)
+    sockets = SocketFactory(b"another cluster's secret")
+    stranger = sockets.connected(zmq.SUB, node.endpoint.events_address, max_message_bytes=1 << 20)
+    member = SocketFactory(SECRET)
+    own = member.connected(zmq.SUB, node.endpoint.events_address, max_message_bytes=1 << 20)
+    for _ in range(3):
+        # Each beat that a member hears, strangers could have heard too.
+        await asyncio.wait_for(own.recv(), DEADLINE_S)
+    for sock in (plain, stranger):
+        with pytest.raises(zmq.Again):
+            await sock.recv(zmq.NOBLOCK)
+    sockets.close()
+    member.close()
+    context.destroy(linger=0)
+
+
+async def test_feeds_share_one_context(node: Node) -> None:
+    """Threads and descriptors do not grow with two per feed, and the last one leaves nothing."""
+    before = len(os.listdir("/proc/self/task"))
+    feeds = [DirectoryFeed(node.endpoint, secret=SECRET) for _ in range(8)]
+    for feed in feeds:
+        assert isinstance(await Reader(feed).next(), StoreSnapshot)
+    assert len(os.listdir("/proc/self/task")) <= before + 2
+    for feed in feeds:
+        feed.close()
+    assert len(os.listdir("/proc/self/task")) == before
 
 
 async def test_stranger_gets_nothing_and_is_not_believed(node: Node) -> None:
@@ -256,7 +328,7 @@ async def test_taken_port_says_so(node: Node) -> None:
 async def test_store_announces_what_its_tiers_do(tmp_path: Path) -> None:
     settings = StoreSettings(
         host_bytes=1 << 20,
-        file=FileTierSettings(folder=str(tmp_path / "files"), capacity_bytes=2 << 20),
+        nvme=NvmeSettings(folders=(str(tmp_path / "files"),), capacity_bytes=2 << 20),
         heartbeat_s=BEAT_S,
     )
     arguments = {"secret": SECRET, "node_id": "n1", "socket_path": str(tmp_path / "s"), "bind_host": "127.0.0.1"}
@@ -275,7 +347,7 @@ async def test_store_announces_what_its_tiers_do(tmp_path: Path) -> None:
         await asyncio.to_thread(write_chunk, client, 2, 600_000)
         await reader.until(lambda: len(reader.items) == 4)
         moves = {(i.change.value, i.key, i.tier) for i in reader.items if isinstance(i, ChunkEvent)}
-        assert moves >= {("moved", sample_key(1), "file"), ("added", sample_key(2), "host")}
+        assert moves >= {("moved", sample_key(1), "nvme"), ("added", sample_key(2), "host")}
         await asyncio.to_thread(client.drop, [sample_key(1)], deadline_s=5.0)
         await reader.until(lambda: reader.keys == {sample_key(2)})
         await reader.close()
@@ -289,7 +361,8 @@ async def test_store_announces_what_its_tiers_do(tmp_path: Path) -> None:
         item = await reader.next()
         assert isinstance(item, StoreSnapshot)
         assert item.epoch != endpoint.epoch
-        assert [(c.key, c.tier, c.num_tokens) for c in item.chunks] == [(sample_key(2), "file", 3)]
+        # In the snapshot, or by events while the folder is still being read.
+        await reader.until(lambda: reader.keys == {sample_key(2)})
         await reader.close()
     await asyncio.to_thread(again.stop)
 
@@ -297,6 +370,6 @@ async def test_store_announces_what_its_tiers_do(tmp_path: Path) -> None:
 def _wait_for_file(client: NodeStoreClient) -> None:
     def is_written() -> bool:
         stats = client.stat(deadline_s=1.0)
-        return stats is not None and stats.tiers["file"].chunks == 1
+        return stats is not None and stats.tiers["nvme"].chunks == 1
 
     wait_until(is_written, what="the write behind")

@@ -6,6 +6,7 @@ Does not cover: feeds and rounds over sockets (`router_ingress_test.py`).
 
 import random
 
+import msgspec
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from support.router_fakes import MODEL, SCOPE, FakeReplica, added
@@ -188,6 +189,16 @@ def test_stores_are_the_latest_reported() -> None:
     assert membership.stores()["n1"].epoch == "e2"
     membership.expire(10.5)
     assert sorted(membership.stores()) == ["n1"]
+
+
+def test_nodes_share_chunks_whose_stores_have_an_address_for_each_other() -> None:
+    membership = Membership(model=MODEL, ttl_s=10.0)
+    reports = [report("d0", node_id="n1"), report("d1", node_id="n2"), report("d2", node_id="n3", has_store=False)]
+    assert reports[0].store is not None
+    shared = msgspec.structs.replace(reports[0].store, peer_address="10.0.0.1:7000")
+    reports[0] = msgspec.structs.replace(reports[0], store=shared)
+    membership.apply_round(Role.DECODE, reports, asked_s=0.0)
+    assert membership.sharing_nodes() == {"n1"}
 
 
 def test_merged_pages_are_valid_and_say_whose_they_are() -> None:

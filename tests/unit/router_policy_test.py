@@ -58,10 +58,15 @@ def replica(name: str, *, booked: int = 0, node: str = "n1", store: bool = True)
 
 
 def view(
-    decode: list[ReplicaView], prefill: list[ReplicaView] | None = None, held: dict[int, list[str]] | None = None
+    decode: list[ReplicaView],
+    prefill: list[ReplicaView] | None = None,
+    held: dict[int, list[str]] | None = None,
+    sharing: tuple[str, ...] = (),
 ) -> View:
     nodes = {key(index): frozenset(names) for index, names in (held or {}).items()}
-    return View(decode=tuple(decode), prefill=tuple(prefill or ()), nodes_by_key=nodes)
+    return View(
+        decode=tuple(decode), prefill=tuple(prefill or ()), nodes_by_key=nodes, sharing_nodes=frozenset(sharing)
+    )
 
 
 def decide(asked: PlacementRequest, seen: View) -> Decision:
@@ -70,6 +75,7 @@ def decide(asked: PlacementRequest, seen: View) -> Decision:
 
 PROMPT = request(100, 800, 100)
 BOTH_NODES = [replica("d0"), replica("d1", node="n2")]
+SHARING = ("n1", "n2")
 MODES: list[tuple[str, PlacementRequest, View, Mode, list[str], bool, str]] = [
     ("long and unknown", PROMPT, view([replica("d0")], [replica("p0")]), Mode.REMOTE, ["p0"], True, "remote on p0"),
     ("just long enough", request(500), view([replica("d0")], [replica("p0")]), Mode.REMOTE, ["p0"], True, "500"),
@@ -110,6 +116,56 @@ MODES: list[tuple[str, PlacementRequest, View, Mode, list[str], bool, str]] = [
         [],
         True,
         "1 elsewhere",
+    ),
+    (
+        "prefill on another node that shares chunks",
+        PROMPT,
+        view([replica("d0")], [replica("p0", node="n2")], sharing=SHARING),
+        Mode.REMOTE,
+        ["p0"],
+        True,
+        "remote on p0 on another node",
+    ),
+    (
+        "prefill on a node that shares with others only",
+        PROMPT,
+        view([replica("d0")], [replica("p0", node="n2")], sharing=("n2", "n3")),
+        Mode.LOCAL,
+        [],
+        True,
+        "1 elsewhere",
+    ),
+    (
+        "of equally busy prefill replicas the nearest, then the one that holds most",
+        PROMPT,
+        view(
+            [replica("d0")],
+            [replica("p0", node="n3"), replica("p1", node="n2"), replica("p2"), replica("p3", booked=1)],
+            {0: ["n2"]},
+            sharing=("n1", "n2", "n3"),
+        ),
+        Mode.REMOTE,
+        ["p2", "p1"],
+        True,
+        "best of 4",
+    ),
+    (
+        "a less busy prefill replica before a nearer one",
+        PROMPT,
+        view([replica("d0")], [replica("p0", booked=1), replica("p1", node="n2")], sharing=SHARING),
+        Mode.REMOTE,
+        ["p1", "p0"],
+        True,
+        "p1 on another node",
+    ),
+    (
+        "held on another node that shares",
+        PROMPT,
+        view([replica("d0")], [replica("p0")], {0: ["n2"], 1: ["n2"]}, sharing=SHARING),
+        Mode.LOCAL,
+        [],
+        False,
+        "100 uncached",
     ),
     (
         "prefill overloaded",
@@ -170,6 +226,16 @@ DECODE: list[tuple[str, View, str]] = [
     ("more held before less", view(BOTH_NODES, held={0: ["n1", "n2"], 1: ["n2"]}), "d1"),
     ("held behind a gap counts nothing", view(BOTH_NODES, held={1: ["n2"], 2: ["n2"]}), "d0"),
     (
+        "local before remote where all can read",
+        view(BOTH_NODES, held={0: ["n1", "n2"], 1: ["n2"]}, sharing=SHARING),
+        "d1",
+    ),
+    (
+        "readable before local: the longer run, wherever it is",
+        view([replica("d0", node="n3"), replica("d1", node="n2")], held={0: ["n1", "n3"], 1: ["n1"]}, sharing=SHARING),
+        "d1",
+    ),
+    (
         "a holder far ahead of the others loses its advantage",
         view([replica("d0"), replica("d1", booked=2_001, node="n2")], held={0: ["n2"]}),
         "d0",
@@ -205,6 +271,13 @@ def test_saved_spans(asked: PlacementRequest, held: dict[int, list[str]], expect
     assert [span.held for span in decision.spans] == ["n1" in held.get(i, []) for i in range(len(expected))]
     without_store = decide(asked, view([replica("d0", store=False)]))
     assert not any(span.save for span in without_store.spans)
+
+
+def test_held_elsewhere_is_loaded_and_not_saved_again_where_nodes_share() -> None:
+    decision = decide(request(100, 800, 64), view([replica("d0")], held={0: ["n2"], 1: ["n1"]}, sharing=SHARING))
+    assert [(span.held, span.save) for span in decision.spans] == [(True, False), (True, False), (False, True)]
+    assert decision.hit_tokens == 900
+    assert "its node holds 800 of 964 tokens and 100 more are on other nodes" in decision.reasons[0]
 
 
 def test_deadlines_grow_with_tokens_up_to_their_maximum() -> None:
