@@ -17,6 +17,7 @@ from decode_workers.actor import DecodeWorker
 from decode_workers.settings import DecodeSettings
 from kvstore.engine.settings import EngineSettings
 from kvstore.engine.worker import WorkerRuntime
+from kvstore.settings import STORE_KEY_VARIABLE
 from kvstore.wire import SECRET_VARIABLE
 from prefill_workers.actor import PrefillWorker
 from prefill_workers.settings import PrefillSettings
@@ -100,7 +101,7 @@ def served_model_name(engine: EngineSettings) -> str:
 
 
 def _worker(worker: type, name: str, settings: Settings, runtime: Runtime, replicas: int) -> Any:
-    options: dict[str, Any] = {"num_cpus": 1, **_environment(settings, runtime)}
+    options: dict[str, Any] = {"num_cpus": 1, **_environment(settings, runtime, STORE_KEY_VARIABLE)}
     if settings.engine.kind == "vllm" and settings.engine.device != "cpu" and _has_gpus():
         options["num_gpus"] = int(settings.engine.vllm_arguments.get("tensor_parallel_size", 1))
     return serve.deployment(

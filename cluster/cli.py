@@ -22,6 +22,7 @@ from rich.text import Text
 from cluster import client, local
 from cluster.errors import CallerError, LearnonceError, UnavailableError
 from cluster.settings import Settings, read_settings, to_json
+from cluster.store_cli import store
 
 EXIT_BUG: Final = 1
 EXIT_CALLER: Final = 2
@@ -37,6 +38,7 @@ app = typer.Typer(
 )
 config = typer.Typer(help="Show the settings, or their schema.", no_args_is_help=True)
 app.add_typer(config, name="config")
+app.add_typer(store, name="store")
 for _entry in entry_points(group="learnonce.commands"):
     app.add_typer(_entry.load(), name=_entry.name)
 
@@ -149,7 +151,9 @@ def demo(
     settings = read_settings(config_file, overrides or ())
     if not keep:
         # A cluster for two minutes must not fill the user's cache with chunks that nobody asks for again.
-        settings = settings.model_copy(update={"store": settings.store.model_copy(update={"file": None})})
+        settings = settings.model_copy(
+            update={"store": settings.store.model_copy(update={"nvme": None, "object": None})}
+        )
     run_demo(settings, keep=keep, console=out, start=start_cluster, stop=stop_cluster)
 
 

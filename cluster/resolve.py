@@ -131,12 +131,15 @@ def _require_gpus(settings: Settings, machine: Facts) -> None:
 
 
 def _store(settings: Settings) -> StoreSettings:
-    """The store's settings with a folder of this cluster's own: two clusters on one machine share none."""
-    file = settings.store.file
-    if file is None:
+    """The store's settings with folders of this cluster's own: two clusters on one machine share none.
+
+    The object tier is left as it is: buckets are shared between machines on purpose, by the same `url`.
+    """
+    nvme = settings.store.nvme
+    if nvme is None:
         return settings.store
-    folder = Path(file.folder).expanduser() / settings.cluster.name
-    return settings.store.model_copy(update={"file": file.model_copy(update={"folder": str(folder)})})
+    folders = tuple(str(Path(folder).expanduser() / settings.cluster.name) for folder in nvme.folders)
+    return settings.store.model_copy(update={"nvme": nvme.model_copy(update={"folders": folders})})
 
 
 def _require_memory(settings: Settings, machine: Facts) -> None:

@@ -7,7 +7,7 @@ Does not cover: which settings exist (each room's `settings.py`) or where they c
 import json
 from collections.abc import Mapping
 from difflib import get_close_matches
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -62,7 +62,10 @@ def _fields_at(cls: type[BaseModel], path: list[int | str]) -> list[str]:
     for part in path:
         field = cls.model_fields.get(str(part))
         annotation = field.annotation if field else None
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+        # A group that may be null is a union with None.
+        groups = [kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type)]
+        group = next((kind for kind in groups if issubclass(kind, BaseModel)), None)
+        if group is None:
             return []
-        cls = annotation
+        cls = group
     return list(cls.model_fields)

@@ -1,18 +1,23 @@
 """A process' way into its node's store.
 
-Covers: `NodeStoreClient`: deadlines, reconnecting, verified reads without a copy, writes in place.
-Does not cover: one connection (`kvstore.connection`), the store (`kvstore.node`).
+Covers: `NodeStoreClient`: deadlines, reconnecting, verified reads with and without a copy, streams, writes in place,
+pins, and what operators ask.
+Does not cover: one connection (`kvstore.connection`), what is leased (`kvstore.leases`), the store (`kvstore.node`).
 
 A store that is away costs microseconds: after a failed connection nobody tries again for a short while, and while a
 frozen store owes an overdue reply nobody asks it anything.
 """
 
+import functools
+import itertools
 import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from types import TracebackType
-from typing import Final, Self, TypeVar
+from typing import Final, TypeVar
+
+import numpy as np
+import xxhash
 
 from cluster.errors import DataError
 from cluster.telemetry import short
@@ -24,32 +29,41 @@ from kvstore.container import (
     ChunkCorruptError,
     Header,
     RecordError,
-    checksum,
     encode_header,
     parse_header,
     stored_bytes,
     verify_payload,
 )
-from kvstore.interfaces import ChunkMeta, ReadLease, WriteLease
+from kvstore.interfaces import BufferUnusableError, CatalogEntry, ChunkMeta, ReadLease, StreamLease, WriteLease
 from kvstore.keys import ChunkKey
+from kvstore.leases import HASHED_BYTES, NodeReadLease, NodeStreamLease, NodeWriteLease
 from kvstore.protocol import (
     Abort,
+    Catalog,
+    CatalogPage,
+    Collected,
     Commit,
     Done,
     Drop,
+    Gc,
     Grant,
     Granted,
     Held,
     Lookup,
+    Pin,
     Read,
     Release,
-    Reply,
     ReportCorrupt,
     Request,
     Reserve,
     Reserved,
     Stat,
     Stats,
+    Stream,
+    Streaming,
+    Unpin,
+    Verified,
+    Verify,
     Wait,
 )
 
@@ -63,7 +77,12 @@ _REPLY_MARGIN_RATIO: Final = 0.1
 _MAX_REPLY_MARGIN_S: Final = 0.05
 """Share of a deadline that is left for the way back: the store answers before, with what it has."""
 
-R = TypeVar("R", Held, Granted, Reserved, Done, Stats)
+_VERIFIED_KEYS: Final = 64
+"""Keys per request to verify: their records are read before the answer comes."""
+_OPERATOR_PATIENCE_S: Final = 60.0
+"""How long a store may take for a request that reads or deletes many records."""
+
+R = TypeVar("R", Held, Granted, Streaming, Reserved, Done, CatalogPage, Verified, Collected, Stats)
 
 
 class NodeStoreClient:
@@ -82,6 +101,7 @@ class NodeStoreClient:
         self._secret = secret
         self._client_name = client_name
         self._lock = threading.Lock()
+        self._catalog_lock = threading.Lock()
         self._connection: StoreConnection | None = None
         self._retired: list[StoreConnection] = []
         """Dead connections with leases that somebody still holds."""
@@ -107,6 +127,54 @@ class NodeStoreClient:
         metrics.CLIENT_READ_SECONDS.observe(time.monotonic() - start_s)
         return leases
 
+    def read_into(self, key: ChunkKey, out: memoryview, *, deadline_s: float) -> ChunkMeta | None:
+        """Copy one payload to the caller's memory, verifying the copy; None if it is missing, corrupt or late.
+
+        Args:
+            key: The chunk.
+            out: Writable, contiguous, and exactly as long as the payload; another length is a miss.
+            deadline_s: Seconds, the copy included.
+
+        Raises:
+            CallerError: `out` cannot be written to, or is not contiguous.
+
+        Cost:
+            One pass over the payload: each piece is hashed where it was copied to, while it is in the cache.
+        """
+        if out.readonly or not out.c_contiguous:
+            raise BufferUnusableError("read_into needs writable, contiguous memory")
+        start_s = time.monotonic()
+        stop_s = start_s + deadline_s
+        connection = self._connected(stop_s)
+        timeout_s = _timeout_s(stop_s)
+        granted = self._ask(connection, lambda n: Read(n, [key], timeout_s), Granted, "read", stop_s, timeout_s)
+        grant = granted.grants[0] if granted and granted.grants else None
+        if connection is None or grant is None:
+            metrics.CLIENT_READS.labels("miss").inc()
+            return None
+        outcome, meta = _copy_out(connection, key, grant, out.cast("B"), stop_s)
+        message = ReportCorrupt(grant.lease) if outcome == "corrupt" else Release([grant.lease])
+        connection.end_lease(grant.lease, message)
+        metrics.CLIENT_READS.labels(outcome).inc()
+        metrics.CLIENT_READ_SECONDS.observe(time.monotonic() - start_s)
+        return meta
+
+    def stream(self, key: ChunkKey, *, deadline_s: float) -> StreamLease | None:
+        """Lease a chunk at once, though it may still be arriving; None: a miss. See `StreamLease`."""
+        stop_s = time.monotonic() + deadline_s
+        timeout_s = _timeout_s(stop_s)
+        connection = self._connected(stop_s)
+        streaming = self._ask(connection, lambda n: Stream(n, key, timeout_s), Streaming, "stream", stop_s, timeout_s)
+        grant = streaming.grant if streaming else None
+        arrival = connection.arrival(grant.lease) if connection is not None and grant is not None else None
+        if connection is None or streaming is None or grant is None or arrival is None:
+            metrics.CLIENT_READS.labels("miss").inc()
+            return None
+        if stored_bytes(streaming.payload_bytes) != grant.stored_bytes:
+            connection.end_lease(grant.lease, Release([grant.lease]))
+            return None
+        return NodeStreamLease(connection, grant, arrival, key=key, payload_bytes=streaming.payload_bytes)
+
     def reserve(self, key: ChunkKey, meta: ChunkMeta, num_bytes: int, *, deadline_s: float) -> WriteLease | None:
         """Room for a new chunk; None if it is held already, is being written by another, or there is no room."""
         try:
@@ -128,8 +196,65 @@ class NodeStoreClient:
         """Forget chunks in all tiers; whether there was one."""
         stop_s = time.monotonic() + deadline_s
         connection = self._connected(stop_s)
-        answers = [self._drop_part(connection, part, stop_s) for part in _parts(keys, connection)]
+        answers = [self._ask_done(connection, part, "drop", Drop, stop_s) for part in _parts(keys, connection)]
         return any(answers)
+
+    def pin(self, keys: Sequence[ChunkKey], *, seconds: float, deadline_s: float) -> list[bool]:
+        """Keep chunks from being evicted from this node for so long; which are."""
+        return self._ask_flags(keys, deadline_s, "pin", lambda number, part, _: Pin(number, part, seconds))
+
+    def unpin(self, keys: Sequence[ChunkKey], *, deadline_s: float) -> None:
+        """End pins, whoever made them; harmless without one."""
+        stop_s = time.monotonic() + deadline_s
+        connection = self._connected(stop_s)
+        for part in _parts(keys, connection):
+            self._ask_done(connection, part, "unpin", Unpin, stop_s)
+
+    def catalog(self, *, deadline_s: float) -> list[CatalogEntry] | None:
+        """All chunks of this node; None if the store does not answer, or not in time.
+
+        Chunks that come or go meanwhile may be in it or not. A client reads one catalogue at a time.
+        """
+        stop_s = time.monotonic() + deadline_s
+        if not self._catalog_lock.acquire(timeout=deadline_s):
+            return None
+        try:
+            return self._all_pages(self._connected(stop_s), stop_s)
+        finally:
+            self._catalog_lock.release()
+
+    def verify(self, keys: Sequence[ChunkKey] | None = None, *, deadline_s: float) -> Verified | None:
+        """Have records of the tiers below the arena read again, and dropped if they are damaged.
+
+        Args:
+            keys: The chunks; None: all of this node.
+            deadline_s: Seconds for all of them.
+
+        Returns:
+            Sums over all keys and tiers; None if the store did not answer in time: some may have been read.
+        """
+        stop_s = time.monotonic() + deadline_s
+        if keys is None:
+            entries = self.catalog(deadline_s=deadline_s)
+            if entries is None:
+                return None
+            keys = [ChunkKey(entry.key) for entry in entries]
+        connection = self._connected(stop_s)
+        sums = [0, 0, 0]
+        for start in range(0, len(keys), _VERIFIED_KEYS):
+            part: list[bytes] = list(keys[start : start + _VERIFIED_KEYS])
+            request = functools.partial(_verify_request, part)
+            verified = self._ask(connection, request, Verified, "verify", stop_s, _OPERATOR_PATIENCE_S)
+            if verified is None:
+                return None
+            counts = (verified.good, verified.bad, verified.unread)
+            sums = [total + count for total, count in zip(sums, counts, strict=True)]
+        return Verified(0, *sums)
+
+    def gc(self, *, deadline_s: float) -> Collected | None:
+        """Drop what is too old, over quota, or left by crashes; None if the store did not answer in time."""
+        stop_s = time.monotonic() + deadline_s
+        return self._ask(self._connected(stop_s), Gc, Collected, "gc", stop_s, _OPERATOR_PATIENCE_S)
 
     def stat(self, *, deadline_s: float) -> Stats | None:
         """The store's counts; None if it does not answer."""
@@ -146,11 +271,25 @@ class NodeStoreClient:
         for connection in connections:
             connection.close()
 
-    def commit(self, connection: StoreConnection, lease: int, payload_checksum: int) -> bool:
+    def commit(self, connection: StoreConnection, lease: int, *, payload_bytes: int, payload_checksum: int) -> bool:
         """For `NodeWriteLease`: make a written chunk readable."""
         stop_s = time.monotonic() + COMMIT_DEADLINE_S
-        done = self._ask(connection, lambda n: Commit(n, lease, payload_checksum), Done, "commit", stop_s)
+        done = self._ask(
+            connection, lambda n: Commit(n, lease, payload_bytes, payload_checksum), Done, "commit", stop_s
+        )
         return done is not None and done.ok
+
+    def _all_pages(self, connection: StoreConnection | None, stop_s: float) -> list[CatalogEntry] | None:
+        entries: list[CatalogEntry] = []
+        for number in itertools.count():
+            request = functools.partial(_catalog_request, number)
+            page = self._ask(connection, request, CatalogPage, "catalog", stop_s, _OPERATOR_PATIENCE_S)
+            if page is None:
+                return None
+            entries += page.entries
+            if page.is_last:
+                break
+        return entries
 
     def _ask_flags(
         self,
@@ -190,9 +329,16 @@ class NodeStoreClient:
         grants = granted.grants if granted else [None] * len(part)
         return [self._open(connection, key, grant, stop_s) for key, grant in zip(part, grants, strict=True)]
 
-    def _drop_part(self, connection: StoreConnection | None, part: list[ChunkKey], stop_s: float) -> bool:
+    def _ask_done(
+        self,
+        connection: StoreConnection | None,
+        part: list[ChunkKey],
+        call: str,
+        request: Callable[[int, list[bytes]], Request],
+        stop_s: float,
+    ) -> bool:
         keys: list[bytes] = list(part)
-        done = self._ask(connection, lambda n: Drop(n, keys), Done, "drop", stop_s)
+        done = self._ask(connection, lambda n: request(n, keys), Done, call, stop_s, _OPERATOR_PATIENCE_S)
         return done is not None and done.ok
 
     def _ask(
@@ -209,7 +355,7 @@ class NodeStoreClient:
             metrics.CLIENT_CALLS.labels(call, "unavailable").inc()
             return None
         number = connection.number()
-        reply: Reply | None = connection.call(request(number), number=number, stop_s=stop_s, timeout_s=timeout_s)
+        reply = connection.call(request(number), number=number, stop_s=stop_s, timeout_s=timeout_s)
         if not isinstance(reply, kind):
             metrics.CLIENT_CALLS.labels(call, "unavailable" if connection.is_dead else "late").inc()
             return None
@@ -284,118 +430,43 @@ class NodeStoreClient:
         self._retired = [connection for connection in self._retired if connection.num_leases]
 
 
-class NodeReadLease:
-    """A verified chunk in the arena, pinned until it is released."""
-
-    def __init__(self, connection: StoreConnection, lease: int, header: Header, payload: memoryview) -> None:
-        self._connection = connection
-        self._lease = lease
-        self._header = header
-        self._payload = payload
-        self._is_released = False
-
-    @property
-    def key(self) -> ChunkKey:
-        """The chunk's key."""
-        return self._header.key
-
-    @property
-    def meta(self) -> ChunkMeta:
-        """How to read the payload."""
-        return self._header.meta
-
-    @property
-    def payload(self) -> memoryview:
-        """Read-only bytes in the arena."""
-        return self._payload
-
-    def release(self) -> None:
-        """Give the lease back. Repeating it is harmless."""
-        if not self._is_released:
-            self._is_released = True
-            _release_view(self._payload)
-            self._connection.end_lease(self._lease, Release([self._lease]))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.release()
-
-    def __del__(self) -> None:
-        if not self._is_released:
-            self._connection.abandon_lease(self._lease, Release([self._lease]))
+def _copy_out(
+    connection: StoreConnection, key: ChunkKey, grant: Grant, out: memoryview, stop_s: float
+) -> tuple[str, ChunkMeta | None]:
+    """Copy a leased payload and hash the copy; how it went, and its metadata if it went well."""
+    try:
+        header = parse_header(connection.read_only(grant.offset, grant.offset + ALIGN), expected_key=key)
+        _check_length(header, grant)
+    except DataError as error:
+        log.warning("chunk_corrupt key=%s error=%s", short(key), str(error))
+        return "corrupt", None
+    if header.payload_bytes != len(out):
+        return "miss", None
+    start = grant.offset + ALIGN
+    digest = xxhash.xxh3_64()
+    with connection.read_only(start, start + header.payload_bytes) as payload:
+        # Arrays: copying between them does not hold the interpreter lock.
+        source, target = np.frombuffer(payload, dtype=np.uint8), np.frombuffer(out, dtype=np.uint8)
+        for first in range(0, len(target), HASHED_BYTES):
+            if time.monotonic() > stop_s:
+                del source
+                return "late", None
+            stop = first + HASHED_BYTES
+            np.copyto(target[first:stop], source[first:stop])
+            digest.update(out[first:stop])
+        del source
+    if digest.intdigest() != header.payload_checksum:
+        log.warning("chunk_corrupt key=%s error=payload checksum differs", short(key))
+        return "corrupt", None
+    return "hit", header.meta
 
 
-class NodeWriteLease:
-    """Room in the arena for one record."""
+def _catalog_request(page: int, number: int) -> Request:
+    return Catalog(number, page)
 
-    def __init__(
-        self,
-        client: NodeStoreClient,
-        connection: StoreConnection,
-        grant: Grant,
-        key: ChunkKey,
-        meta: ChunkMeta,
-        payload_bytes: int,
-    ) -> None:
-        self._client = client
-        self._connection = connection
-        self._lease = grant.lease
-        self._key = key
-        self._meta = meta
-        self._payload_bytes = payload_bytes
-        self._record = connection.writable(grant.offset, grant.offset + grant.stored_bytes)
-        self._payload = self._record[ALIGN : ALIGN + payload_bytes]
-        self._is_over = False
 
-    @property
-    def key(self) -> ChunkKey:
-        """The chunk's key."""
-        return self._key
-
-    @property
-    def payload(self) -> memoryview:
-        """Writable bytes in the arena."""
-        return self._payload
-
-    def commit(self) -> bool:
-        """Write the header and make the chunk readable."""
-        if self._is_over:
-            return False
-        self._is_over = True
-        if not self._connection.holds_lease(self._lease):
-            # Closed since: the room may be another's by now.
-            self._release_views()
-            return False
-        payload_checksum = checksum(self._payload)
-        header = encode_header(
-            self._key, self._meta, payload_bytes=self._payload_bytes, payload_checksum=payload_checksum
-        )
-        self._record[:ALIGN] = header
-        padding = len(self._record) - ALIGN - self._payload_bytes
-        self._record[ALIGN + self._payload_bytes :] = bytes(padding)
-        self._release_views()
-        ok = self._client.commit(self._connection, self._lease, payload_checksum)
-        self._connection.forget_lease(self._lease)
-        return ok
-
-    def abort(self) -> None:
-        """Give the room back. Repeating it, or calling it after `commit`, is harmless."""
-        if not self._is_over:
-            self._is_over = True
-            self._release_views()
-            self._connection.end_lease(self._lease, Abort(self._lease))
-
-    def __del__(self) -> None:
-        if not self._is_over:
-            self._connection.abandon_lease(self._lease, Abort(self._lease))
-
-    def _release_views(self) -> None:
-        _release_view(self._payload)
-        _release_view(self._record)
+def _verify_request(keys: list[bytes], number: int) -> Request:
+    return Verify(number, keys)
 
 
 def _check_length(header: Header, grant: Grant) -> None:
@@ -413,11 +484,3 @@ def _timeout_s(stop_s: float) -> float:
     """Seconds that the store may take, so that its answer is here before `stop_s`."""
     left_s = max(0.0, stop_s - time.monotonic())
     return left_s - min(_MAX_REPLY_MARGIN_S, _REPLY_MARGIN_RATIO * left_s)
-
-
-def _release_view(view: memoryview) -> None:
-    try:
-        view.release()
-    except BufferError:
-        # An array over it is still alive somewhere; the caller promised not to touch it.
-        log.debug("lease_released_with_views")

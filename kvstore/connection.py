@@ -32,12 +32,15 @@ from kvstore.protocol import (
     FrameReader,
     Grant,
     Granted,
+    NumberedReply,
+    Progress,
     Proof,
     ProtocolError,
     Release,
     Reply,
     Request,
     Reserved,
+    Streaming,
     Welcome,
     client_mac,
     decode_hello,
@@ -70,7 +73,40 @@ class _Call:
 
     def __init__(self) -> None:
         self.done = threading.Event()
-        self.reply: Reply | None = None
+        self.reply: NumberedReply | None = None
+
+
+class Arrival:
+    """How far a streamed record has come; the connection's thread tells, any thread waits."""
+
+    def __init__(self, streaming: Streaming) -> None:
+        self._changed = threading.Condition()
+        self.done_bytes = streaming.done_bytes
+        """Bytes of the record that are in place, from its start."""
+        self.is_over = streaming.is_over
+        """Whether nothing more comes."""
+        self.is_whole = streaming.is_over
+        """Whether it ended with the whole record in place; the checksum is still to be compared."""
+
+    def note(self, progress: Progress) -> None:
+        """The store has told how far it is."""
+        with self._changed:
+            self.done_bytes = max(self.done_bytes, progress.done_bytes)
+            self.is_over, self.is_whole = progress.is_over, progress.is_whole
+            self._changed.notify_all()
+
+    def break_off(self) -> None:
+        """The connection has ended: nobody tells any more."""
+        with self._changed:
+            self.is_over = True
+            self._changed.notify_all()
+
+    def wait(self, num_bytes: int, *, stop_s: float) -> None:
+        """Return when so many bytes are in place, nothing more comes, or monotonic time is `stop_s`."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self.is_over or self.done_bytes >= num_bytes, timeout=max(0.0, stop_s - time.monotonic())
+            )
 
 
 class StoreConnection:
@@ -110,6 +146,8 @@ class StoreConnection:
         self._calls: dict[int, _Call] = {}
         self._abandoned: dict[int, float] = {}
         """When the replies are due that callers did not wait for; their arrival proves that the store lives."""
+        self._arrivals: dict[int, Arrival] = {}
+        """Streamed records that are on their way, by lease."""
         self._unsent = bytearray()
         self._leases: set[int] = set()
         self._unreferenced: deque[tuple[int, Request]] = deque()
@@ -144,7 +182,7 @@ class StoreConnection:
         """A number for a request."""
         return next(self._numbers)
 
-    def call(self, request: Request, *, number: int, stop_s: float, timeout_s: float = 0.0) -> Reply | None:
+    def call(self, request: Request, *, number: int, stop_s: float, timeout_s: float = 0.0) -> NumberedReply | None:
         """Send a request and wait for its reply.
 
         Args:
@@ -184,7 +222,13 @@ class StoreConnection:
         """A lease ended by a reply, such as that of a commit."""
         with self._lock:
             self._leases.discard(lease)
+            self._arrivals.pop(lease, None)
             self._close_if_over()
+
+    def arrival(self, lease: int) -> Arrival | None:
+        """How far the record of a stream has come; None for a lease that has ended."""
+        with self._lock:
+            return self._arrivals.get(lease)
 
     def abandon_lease(self, lease: int, message: Request) -> None:
         """End a lease from a finaliser, where no lock may be taken."""
@@ -213,6 +257,7 @@ class StoreConnection:
         self._thread.join()
         with self._lock:
             self._leases.clear()
+            self._arrivals.clear()
             self._close_if_over()
 
     def _queue(self, frame: bytes) -> bool:
@@ -272,15 +317,23 @@ class StoreConnection:
         return bool(data)
 
     def _deliver(self, reply: Reply) -> None:
+        if isinstance(reply, Progress):
+            arrival = self.arrival(reply.lease)
+            if arrival is not None:
+                arrival.note(reply)
+            return
         with self._lock:
             call = self._calls.pop(reply.number, None)
             self._abandoned.pop(reply.number, None)
             if call is not None:
                 self._leases.update(grant.lease for grant in _grants(reply))
+                if isinstance(reply, Streaming) and reply.grant is not None:
+                    # Here and now: the first progress may be in the same packet.
+                    self._arrivals[reply.grant.lease] = Arrival(reply)
                 call.reply = reply
                 call.done.set()
                 return
-            if isinstance(reply, Granted):
+            if isinstance(reply, Granted | Streaming):
                 self._queue(encode(Release([grant.lease for grant in _grants(reply)])))
             elif isinstance(reply, Reserved) and reply.grant is not None:
                 self._queue(encode(Abort(reply.grant.lease)))
@@ -293,9 +346,12 @@ class StoreConnection:
             calls = list(self._calls.values())
             self._calls.clear()
             self._abandoned.clear()
+            arrivals = list(self._arrivals.values())
             self._close_if_over()
         for call in calls:
             call.done.set()
+        for arrival in arrivals:
+            arrival.break_off()
 
     def _close_if_over(self) -> None:
         """Close the socket once nothing needs it; under the lock.
@@ -319,10 +375,10 @@ def _close_unless_used(mapping: mmap.mmap) -> None:
         log.debug("arena_mapping_kept")
 
 
-def _grants(reply: Reply) -> Sequence[Grant]:
+def _grants(reply: NumberedReply) -> Sequence[Grant]:
     if isinstance(reply, Granted):
         return [grant for grant in reply.grants if grant is not None]
-    if isinstance(reply, Reserved) and reply.grant is not None:
+    if isinstance(reply, Reserved | Streaming) and reply.grant is not None:
         return [reply.grant]
     return []
 

@@ -1,41 +1,30 @@
-"""One node's store: arena, files, desk, server and events, on a thread of their own.
+"""One node's store, on a thread of its own.
 
-Covers: putting the parts together, starting and stopping them. Does not cover: the parts, or the process that it runs
-in (`kvstore.actor`).
+Covers: starting and stopping it, what happens by time alone. Does not cover: what it consists of (`kvstore.assembly`),
+the process that it runs in (`kvstore.actor`).
 """
 
 import asyncio
 import logging
-import os
-import secrets
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack, suppress
 from typing import Final
 
-import psutil
-
 from cluster.errors import CallerError, InvariantError
 from kvstore import metrics
+from kvstore.assembly import Identity, Parts, available_memory_bytes, open_store
 from kvstore.container import ALIGN
-from kvstore.desk import Desk
-from kvstore.events import EventPublisher, HeldChunk
-from kvstore.index import ChunkIndex
-from kvstore.interfaces import TierStat
 from kvstore.keys import ChunkKey
-from kvstore.mover import Mover
-from kvstore.server import StoreServer, check_socket_path, listen_on
-from kvstore.settings import FileTierSettings, StoreSettings, resolve_host_bytes
-from kvstore.tiers.file import FileTier
-from kvstore.tiers.folder import FolderUnusableError
-from kvstore.tiers.host import HostTier
+from kvstore.settings import StoreSettings
 from kvstore.wire import StoreEndpoint
 
 log = logging.getLogger(__name__)
 
+__all__ = ["MIN_SECRET_BYTES", "NodeStore", "WeakSecretError", "available_memory_bytes"]
+
 MIN_SECRET_BYTES: Final = 16
 _TICK_S: Final = 0.25
-_CGROUP_LIMIT: Final = "/sys/fs/cgroup/memory.max"
 
 
 class WeakSecretError(CallerError):
@@ -50,30 +39,41 @@ class NodeStore:
         secret: The cluster's.
         node_id: Names the node in events.
         socket_path: Unix socket for the node's workers; replaced if it exists.
-        bind_host: Interface of the event sockets.
+        bind_host: Interface of the ports for events and other nodes.
+        advertise_host: What others connect to, where `bind_host` means every interface.
     """
 
     def __init__(
-        self, settings: StoreSettings, *, secret: bytes, node_id: str, socket_path: str, bind_host: str
+        self,
+        settings: StoreSettings,
+        *,
+        secret: bytes,
+        node_id: str,
+        socket_path: str,
+        bind_host: str,
+        advertise_host: str | None = None,
     ) -> None:
         if len(secret) < MIN_SECRET_BYTES:
             raise WeakSecretError(f"the cluster secret needs {MIN_SECRET_BYTES} bytes, has {len(secret)}")
         self.settings = settings
-        self._secret = secret
-        self._node_id = node_id
-        self._socket_path = socket_path
-        self._bind_host = bind_host
+        self._identity = Identity(
+            node_id=node_id,
+            secret=secret,
+            socket_path=socket_path,
+            bind_host=bind_host,
+            advertise_host=advertise_host,
+        )
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._stopping: asyncio.Event | None = None
         self._drain_s = 0.0
-        self._parts: _Parts | None = None
+        self._parts: Parts | None = None
 
     def start(self) -> StoreEndpoint:
         """Open everything and serve.
 
         Raises:
-            SocketPathError, PortTakenError, FolderBusyError: What to change is in the message.
+            SocketPathError, PortTakenError, FolderBusyError, SettingsError: What to change is in the message.
             OSError: The socket's folder, or memory for the arena, is missing.
         """
         if self._thread is not None:
@@ -102,7 +102,7 @@ class NodeStore:
         """End every session and close everything; repeating it is harmless.
 
         Args:
-            drain_s: Seconds for chunks that still wait to be written to files.
+            drain_s: Seconds for chunks that still wait to be written to lower tiers.
         """
         if self._thread is None:
             return
@@ -112,6 +112,17 @@ class NodeStore:
             with suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(self._stopping.set)
         self._thread.join()
+
+    def set_peers(self, endpoints: Sequence[StoreEndpoint]) -> None:
+        """The stores of the cluster as they are now, ours among them or not. Any thread; no effect without peers."""
+        parts = self._parts
+        if parts is not None and parts.peers is not None:
+            parts.peers.set_peers(endpoints)
+
+    def unreachable_peers(self) -> set[str]:
+        """Nodes whose store does not answer this one, by id. Any thread."""
+        parts = self._parts
+        return parts.peers.unreachable() if parts is not None and parts.peers is not None else set()
 
     def damage(self, key: ChunkKey, *, at_byte: int = 0) -> bool:
         """Flip one payload byte of a chunk in the arena: the hook of the fault tests. Whether it was there."""
@@ -127,7 +138,7 @@ class NodeStore:
         self._stopping = asyncio.Event()
         async with AsyncExitStack() as stack:
             try:
-                parts = self._parts = await self._open(stack)
+                parts = self._parts = await open_store(stack, self.settings, self._identity)
             except BaseException as error:
                 # Close first: whoever sees the error may try the same folder again.
                 await stack.aclose()
@@ -135,170 +146,47 @@ class NodeStore:
                 return
             on_open(parts.endpoint)
             log.info(
-                "store_started node=%s epoch=%s bytes=%d",
-                self._node_id,
+                "store_started node=%s epoch=%s bytes=%d tiers=%s",
+                parts.endpoint.node_id,
                 parts.endpoint.epoch,
                 parts.host.capacity_bytes,
+                ",".join(parts.stat()),
             )
-            ticks = asyncio.create_task(self._tick(parts))
+            loops = [asyncio.create_task(self._tick(parts)), asyncio.create_task(self._sweep(parts))]
             await self._stopping.wait()
-            ticks.cancel()
-            await asyncio.gather(ticks, return_exceptions=True)
+            for task in loops:
+                task.cancel()
+            await asyncio.gather(*loops, return_exceptions=True)
             self._parts = None
-            if parts.mover is not None:
-                await parts.mover.stop(drain_s=self._drain_s)
+            if parts.peers is not None:
+                # Before the mover: what peers are sending ends now, and need not be waited for.
+                await parts.peers.stop()
+            await parts.mover.stop(drain_s=self._drain_s)
 
-    async def _open(self, stack: AsyncExitStack) -> "_Parts":
-        """Open the parts in order; each is closed by the stack, in reverse."""
-        settings = self.settings
-        epoch = secrets.token_hex(8)
-        check_socket_path(self._socket_path)
-        host = HostTier(
-            resolve_host_bytes(settings, memory_bytes=available_memory_bytes()),
-            on_evict=lambda slot: index.refresh(slot.key),
-        )
-        stack.callback(host.close)
-        loop = asyncio.get_running_loop()
-
-        def on_file_drop(key: ChunkKey) -> None:
-            # From an I/O thread; a store that is being closed has nobody to tell.
-            with suppress(RuntimeError):
-                loop.call_soon_threadsafe(index.refresh, key)
-
-        file = _open_file_tier(settings.file, on_drop=on_file_drop) if settings.file else None
-        if file is not None:
-            stack.callback(file.close)
-        publisher = self._open_publisher(epoch, lambda: index.snapshot())
-        stack.push_async_callback(publisher.stop)
-        index = ChunkIndex(host, file, announce=publisher.publish)
-        for key, _ in file.entries() if file else ():
-            index.refresh(key)
-        mover = None
-        if file is not None and settings.file is not None:
-            mover = Mover(
-                host,
-                file,
-                io_threads=settings.file.io_threads,
-                max_queued=settings.file.write_behind_chunks,
-                on_moved=index.refresh,
-                on_settled=lambda key: desk.note_settled(key),
-            )
-        desk = Desk(
-            host,
-            file,
-            index,
-            promote=mover.promote if mover else _ignore,
-            on_commit=mover.write_behind if mover else _ignore,
-            on_drop=mover.forget if mover else _ignore,
-            max_leases=settings.max_leases_per_session,
-            reservation_s=settings.reservation_s,
-        )
-        endpoint = StoreEndpoint(
-            node_id=self._node_id,
-            epoch=epoch,
-            socket_path=self._socket_path,
-            events_address=publisher.events_address,
-            snapshot_address=publisher.snapshot_address,
-        )
-        parts = _Parts(endpoint, host, file, desk, mover)
-        # Last: it takes the place of another store's socket, which must keep it if the folder is that store's too.
-        listener = listen_on(self._socket_path)
-        stack.callback(listener.close)
-        stack.callback(_unlink_socket, self._socket_path, os.stat(self._socket_path).st_ino)
-        server = StoreServer(
-            desk,
-            listener,
-            settings=settings,
-            secret=self._secret,
-            epoch=epoch,
-            arena_fd=host.fd,
-            arena_bytes=host.capacity_bytes,
-            tiers=parts.stat,
-            queued_chunks=lambda: mover.queued_chunks if mover else 0,
-        )
-        stack.push_async_callback(server.stop)
-        return parts
-
-    def _open_publisher(self, epoch: str, snapshot: Callable[[], tuple[HeldChunk, ...]]) -> EventPublisher:
-        settings = self.settings
-        return EventPublisher(
-            node_id=self._node_id,
-            epoch=epoch,
-            secret=self._secret,
-            bind_host=self._bind_host,
-            events_port=settings.events_port,
-            snapshot_port=settings.snapshot_port,
-            ring_events=settings.max_event_ring,
-            heartbeat_s=settings.heartbeat_s,
-            snapshot=snapshot,
-        )
-
-    async def _tick(self, parts: "_Parts") -> None:
+    async def _tick(self, parts: Parts) -> None:
         """What happens by time alone."""
         loop = asyncio.get_running_loop()
         while True:
-            parts.desk.expire(now_s=loop.time())
-            for name, stat in parts.stat().items():
-                metrics.TIER_BYTES.labels(name).set(stat.bytes)
-                metrics.TIER_CHUNKS.labels(name).set(stat.chunks)
-            metrics.PINNED_BYTES.set(parts.host.stat().pinned_bytes)
+            try:
+                parts.desk.expire(now_s=loop.time())
+                for name, stat in parts.stat().items():
+                    metrics.TIER_BYTES.labels(name).set(stat.bytes)
+                    metrics.TIER_CHUNKS.labels(name).set(stat.chunks)
+                metrics.PINNED_BYTES.set(parts.host.stat().pinned_bytes)
+            except Exception:
+                # A tier that cannot be counted must not keep reservations from ending.
+                log.exception("tick_failed")
             await asyncio.sleep(_TICK_S)
 
-
-class _Parts:
-    """What a running store consists of."""
-
-    def __init__(
-        self, endpoint: StoreEndpoint, host: HostTier, file: FileTier | None, desk: Desk, mover: Mover | None
-    ) -> None:
-        self.endpoint = endpoint
-        self.host = host
-        self.file = file
-        self.desk = desk
-        self.mover = mover
-
-    def stat(self) -> dict[str, TierStat]:
-        """Counts per tier."""
-        stats = {self.host.name: self.host.stat()}
-        if self.file is not None:
-            stats[self.file.name] = self.file.stat()
-        return stats
-
-
-def available_memory_bytes() -> int:
-    """The machine's memory, or the container's limit where it is smaller."""
-    total: int = psutil.virtual_memory().total
-    try:
-        with open(_CGROUP_LIMIT, encoding="ascii") as file:
-            limit = file.read().strip()
-    except OSError:
-        return total
-    return min(total, int(limit)) if limit.isdigit() else total
-
-
-def _open_file_tier(settings: FileTierSettings, *, on_drop: Callable[[ChunkKey], None]) -> FileTier | None:
-    """The file tier, or None if its device fails: a store without files is better than no store."""
-    try:
-        return FileTier(
-            os.path.expanduser(settings.folder),
-            capacity_bytes=settings.capacity_bytes,
-            lock_wait_s=settings.lock_wait_s,
-            breaker_failures=settings.breaker_failures,
-            breaker_pause_s=settings.breaker_pause_s,
-            on_drop=on_drop,
-        )
-    except FolderUnusableError as error:
-        metrics.TIER_WRITES.labels("file", "error").inc()
-        log.error("file_tier_unusable error=%s", error)  # noqa: TRY400 the message is the cause
-        return None
-
-
-def _unlink_socket(path: str, inode: int) -> None:
-    """Remove our socket, but not that of a successor."""
-    with suppress(OSError):
-        if os.stat(path).st_ino == inode:
-            os.unlink(path)
-
-
-def _ignore(_: ChunkKey) -> None:
-    pass
+    async def _sweep(self, parts: Parts) -> None:
+        """Forget what is too old, where there is a TTL."""
+        interval_s = parts.upkeep.sweep_interval_s
+        while interval_s is not None:
+            await asyncio.sleep(interval_s)
+            try:
+                if parts.time.tick():
+                    await parts.upkeep.announce_again()
+                await parts.upkeep.sweep()
+            except Exception:
+                # A tier that fails here must not stop the others from ageing.
+                log.exception("sweep_failed")

@@ -1,7 +1,7 @@
 """What a store and its clients say over the unix socket: bounded frames, a mutual proof, requests and replies.
 
 Covers: messages, their encoding, the proof of the cluster's secret.
-Does not cover: sockets (`kvstore.server`, `kvstore.connection`), meaning (`kvstore.desk`).
+Does not cover: sockets (`kvstore.server`, `kvstore.connection`), what requests do (`kvstore.requests`, `kvstore.desk`).
 
 A frame is its length (4 bytes, little-endian) and one msgpack message. A connection starts like this:
 
@@ -9,7 +9,8 @@ A frame is its length (4 bytes, little-endian) and one msgpack message. A connec
     client -> Proof(name, nonce, HMAC over both nonces)
     store  -> Welcome(epoch, HMAC over both nonces), with the arena's descriptor
 
-Requests carry a number that their reply repeats; replies come in any order. Messages without a number have no reply.
+Requests carry a number that their reply repeats; replies come in any order. Messages without a number have no reply,
+and answer none: `Progress` tells how far a streamed record has come.
 """
 
 import hashlib
@@ -21,10 +22,10 @@ from typing import Annotated, Final
 import msgspec
 
 from cluster.errors import DataError
-from kvstore.interfaces import ChunkMeta, TierStat
+from kvstore.interfaces import CatalogEntry, ChunkMeta, TierStat
 from kvstore.keys import KEY_BYTES
 
-PROTOCOL_VERSION: Final = 1
+PROTOCOL_VERSION: Final = 2
 MAX_FRAME_BYTES: Final = 1 << 20
 """Above 16,384 keys in one request."""
 MAX_HANDSHAKE_BYTES: Final = 1 << 10
@@ -92,6 +93,14 @@ class Read(_Message, frozen=True):
     timeout_s: Seconds
 
 
+class Stream(_Message, frozen=True):
+    """Lease one chunk, though it may still be arriving; `Progress` follows then. Waits for a write under way."""
+
+    number: int
+    key: KeyBytes
+    timeout_s: Seconds
+
+
 class Reserve(_Message, frozen=True):
     """Room for a record of one chunk."""
 
@@ -106,6 +115,8 @@ class Commit(_Message, frozen=True):
 
     number: int
     lease: int
+    payload_bytes: Annotated[int, msgspec.Meta(gt=0)]
+    """At most what was reserved; the rest is given back."""
     payload_checksum: int
 
 
@@ -116,10 +127,52 @@ class Drop(_Message, frozen=True):
     keys: list[KeyBytes]
 
 
+class Pin(_Message, frozen=True):
+    """Keep chunks from being evicted for so long."""
+
+    number: int
+    keys: list[KeyBytes]
+    seconds: Annotated[float, msgspec.Meta(gt=0, le=1e9)]
+
+
+class Unpin(_Message, frozen=True):
+    """End pins."""
+
+    number: int
+    keys: list[KeyBytes]
+
+
+class Catalog(_Message, frozen=True):
+    """The next page of what is held. Page 0 starts over; a connection reads one catalogue at a time."""
+
+    number: int
+    page: Annotated[int, msgspec.Meta(ge=0)]
+
+
+class Verify(_Message, frozen=True):
+    """Read records of lower tiers again, and drop those that are damaged."""
+
+    number: int
+    keys: list[KeyBytes]
+
+
+class Gc(_Message, frozen=True):
+    """Drop what is too old, what is over quota, and what crashes left behind."""
+
+    number: int
+
+
 class Stat(_Message, frozen=True):
     """How much is where?"""
 
     number: int
+
+
+class Redeem(_Message, frozen=True):
+    """Where is the record that a store of this machine was offered over the port between stores?"""
+
+    number: int
+    handle: Annotated[bytes, msgspec.Meta(max_length=4096)]
 
 
 class Release(_Message, frozen=True):
@@ -140,7 +193,25 @@ class ReportCorrupt(_Message, frozen=True):
     lease: int
 
 
-Request = Lookup | Wait | Read | Reserve | Commit | Drop | Stat | Release | Abort | ReportCorrupt
+Request = (
+    Lookup
+    | Wait
+    | Read
+    | Stream
+    | Reserve
+    | Commit
+    | Drop
+    | Pin
+    | Unpin
+    | Catalog
+    | Verify
+    | Gc
+    | Stat
+    | Redeem
+    | Release
+    | Abort
+    | ReportCorrupt
+)
 
 
 class Refusal(StrEnum):
@@ -149,6 +220,8 @@ class Refusal(StrEnum):
     HELD = "held"
     WRITING = "writing"
     FULL = "full"
+    QUOTA = "quota"
+    """The tenant holds all that it may, and nothing of it can be evicted."""
     REFUSED = "refused"
     """Too many leases, or a chunk that no record can hold."""
 
@@ -168,11 +241,47 @@ class Grant(msgspec.Struct, frozen=True, array_like=True):
     stored_bytes: int
 
 
+class Place(msgspec.Struct, frozen=True, array_like=True):
+    """A record in the arena."""
+
+    offset: int
+    stored_bytes: int
+
+
+class Redeemed(_Message, frozen=True):
+    """Where a handle's record lies and is pinned now, or nothing."""
+
+    number: int
+    place: Place | None
+
+
 class Granted(_Message, frozen=True):
     """A grant, or nothing, per key asked for."""
 
     number: int
     grants: list[Grant | None]
+
+
+class Streaming(_Message, frozen=True):
+    """A lease on a record that may still be arriving, or nothing."""
+
+    number: int
+    grant: Grant | None
+    payload_bytes: int = 0
+    done_bytes: int = 0
+    """Bytes of the record that are in place, from its start."""
+    is_over: bool = False
+    """Nothing more arrives: no `Progress` follows."""
+
+
+class Progress(_Message, frozen=True):
+    """More bytes of a streamed record are in place. Sent without being asked for."""
+
+    lease: int
+    done_bytes: int
+    is_over: bool
+    is_whole: bool
+    """Whether it ended well; the reader still compares the checksum."""
 
 
 class Reserved(_Message, frozen=True):
@@ -184,10 +293,54 @@ class Reserved(_Message, frozen=True):
 
 
 class Done(_Message, frozen=True):
-    """A commit was taken; a drop forgot at least one chunk."""
+    """A commit was taken; a drop forgot at least one chunk; pins ended."""
 
     number: int
     ok: bool
+
+
+class PeerStat(msgspec.Struct, frozen=True, kw_only=True):
+    """Another node's store, as this one sees it."""
+
+    is_up: bool
+    """Whether its chunks count as readable."""
+    transport: str
+    """Data path of the pair; "" for none."""
+    reason: str
+    """Why this path, or what is wrong, in words."""
+    chunks: int
+    """Chunks that it is known to hold."""
+    transfers: int
+    """Transfers from it that are under way."""
+
+
+class CatalogPage(_Message, frozen=True):
+    """Some chunks; there are more unless `is_last`."""
+
+    number: int
+    entries: list[CatalogEntry]
+    is_last: bool
+
+
+class Verified(_Message, frozen=True):
+    """What came of reading records again."""
+
+    number: int
+    good: int
+    bad: int
+    """Damaged, and dropped."""
+    unread: int
+    """Not there any more, or the medium did not answer."""
+
+
+class Collected(_Message, frozen=True):
+    """What a collection dropped."""
+
+    number: int
+    expired: int
+    over_quota: int
+    leftovers: int
+    """Temporary files and unfinished uploads."""
 
 
 class Stats(_Message, frozen=True):
@@ -199,9 +352,19 @@ class Stats(_Message, frozen=True):
     read_leases: int
     reservations: int
     write_behind_chunks: int
+    hits: dict[str, int] = {}
+    """Since the start: reads granted from the arena ("host"), and chunks fetched into it by where they came from."""
+    host_bytes_by_tenant: dict[str, int] = {}
+    """Bytes in the arena of the tenants that `quota_bytes_by_tenant` names."""
+    quota_bytes_by_tenant: dict[str, int] = {}
+    default_quota_bytes: int | None = None
+    ttl_s: float | None = None
+    peers: dict[str, PeerStat] = {}
+    """The other nodes' stores, by node."""
 
 
-Reply = Held | Granted | Reserved | Done | Stats
+NumberedReply = Held | Granted | Streaming | Reserved | Done | CatalogPage | Verified | Collected | Stats | Redeemed
+Reply = NumberedReply | Progress
 
 _UNDECODABLE: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 """What msgspec raises for hostile bytes: text that is not UTF-8 is no `DecodeError`."""

@@ -1,10 +1,6 @@
-"""The store's side of the unix socket: connections, the handshake, and one reply per request.
+"""The store's listeners: who may connect, and the handshake that proves it.
 
-Covers: sockets and frames. Does not cover: what requests do (`kvstore.desk`).
-
-A client that breaks the protocol, or that does not read its replies, is *expelled*: the store stops listening to it and
-ends its own direction, but the client's leases stay until the client closes too, because it may still be reading
-memory under them.
+Covers: sockets, accepting, the mutual proof. Does not cover: requests and their replies (`kvstore.requests`).
 """
 
 import asyncio
@@ -12,56 +8,30 @@ import logging
 import os
 import secrets
 import socket
-from collections.abc import Callable
 from contextlib import suppress
-from typing import Final, cast
+from typing import Final
 
 from cluster.errors import CallerError
 from kvstore import metrics
-from kvstore.desk import Desk, Session, Waiting
-from kvstore.interfaces import TierStat
-from kvstore.keys import ChunkKey
 from kvstore.protocol import (
     LENGTH_BYTES,
     MAX_HANDSHAKE_BYTES,
     NONCE_BYTES,
     PROTOCOL_VERSION,
-    Abort,
     Challenge,
-    Commit,
-    Done,
-    Drop,
-    FrameReader,
-    Grant,
-    Granted,
-    Held,
-    Lookup,
     Proof,
     ProtocolError,
-    Read,
-    Release,
-    Reply,
-    ReportCorrupt,
-    Request,
-    Reserve,
-    Reserved,
-    Stat,
-    Stats,
-    Wait,
     Welcome,
     client_mac,
     decode_hello,
-    decode_request,
     encode,
     store_mac,
 )
-from kvstore.settings import StoreSettings
+from kvstore.requests import ServedConnection, StoreService
 
 log = logging.getLogger(__name__)
 
 MAX_SOCKET_PATH_BYTES: Final = 107
-_MAX_UNREAD_REPLY_BYTES: Final = 8 << 20
-"""Replies that a client may leave unread before it is expelled."""
 _BACKLOG: Final = 64
 _ACCEPT_PAUSE_S: Final = 0.2
 
@@ -111,43 +81,34 @@ def listen_on(path: str) -> socket.socket:
 
 
 class StoreServer:
-    """Serves one desk on one socket, on the running event loop.
+    """Accepts the node's own clients on one unix socket, on the running event loop.
 
     Args:
-        desk: Does the work.
+        service: Serves their requests.
         listener: From `listen_on`; closed by `stop`.
-        settings: Bounds.
         secret: The cluster's.
         epoch: This life of the store.
         arena_fd: Descriptor that clients get.
         arena_bytes: Its size.
-        tiers: Counts per tier, for `stat`.
-        queued_chunks: Chunks that wait for the file tier, for `stat`.
     """
 
     def __init__(
         self,
-        desk: Desk,
+        service: StoreService,
         listener: socket.socket,
         *,
-        settings: StoreSettings,
         secret: bytes,
         epoch: str,
         arena_fd: int,
         arena_bytes: int,
-        tiers: Callable[[], dict[str, TierStat]],
-        queued_chunks: Callable[[], int],
     ) -> None:
-        self.desk = desk
-        self.settings = settings
-        self.tiers = tiers
-        self.queued_chunks = queued_chunks
+        self._service = service
+        self._settings = service.settings
         self._listener = listener
         self._secret = secret
         self._epoch = epoch
         self._arena_fd = arena_fd
         self._arena_bytes = arena_bytes
-        self._connections: set[StoreConnection] = set()
         self._greetings: set[asyncio.Task[None]] = set()
         self._accepting = asyncio.get_running_loop().create_task(self._accept())
 
@@ -158,7 +119,7 @@ class StoreServer:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         self._listener.close()
-        connections = list(self._connections)
+        connections = list(self._service.connections)
         for connection in connections:
             connection.abort()
         await asyncio.gather(*(connection.wait_closed() for connection in connections))
@@ -173,7 +134,7 @@ class StoreServer:
                 log.warning("store_accept_failed error=%s", error)
                 await asyncio.sleep(_ACCEPT_PAUSE_S)
                 continue
-            if len(self._connections) + len(self._greetings) >= self.settings.max_sessions:
+            if len(self._service.connections) + len(self._greetings) >= self._settings.max_sessions:
                 metrics.SESSIONS.labels("refused").inc()
                 sock.close()
                 continue
@@ -185,9 +146,9 @@ class StoreServer:
         """The handshake; then the connection serves itself."""
         try:
             sock.setblocking(False)
-            async with asyncio.timeout(self.settings.handshake_s):
+            async with asyncio.timeout(self._settings.handshake_s):
                 client_name = await self._shake_hands(sock)
-            connection = StoreConnection(self, client_name)
+            connection = ServedConnection(self._service, client_name)
             await asyncio.get_running_loop().connect_accepted_socket(lambda: connection, sock)
         except (OSError, ProtocolError, TimeoutError) as error:
             metrics.SESSIONS.labels("refused").inc()
@@ -211,203 +172,11 @@ class StoreServer:
             mac=store_mac(self._secret, challenge=challenge, nonce=proof.nonce, epoch=self._epoch),
             epoch=self._epoch,
             arena_bytes=self._arena_bytes,
-            max_keys=self.settings.max_keys_per_request,
+            max_keys=self._settings.max_keys_per_request,
         )
         # A fresh socket takes these few bytes at once, or the client is not worth waiting for.
         socket.send_fds(sock, [encode(welcome)], [self._arena_fd])
         return proof.client_name
-
-    def add(self, connection: "StoreConnection") -> None:
-        """A connection begins."""
-        metrics.SESSIONS.labels("opened").inc()
-        self._connections.add(connection)
-
-    def remove(self, connection: "StoreConnection") -> None:
-        """A connection has ended."""
-        metrics.SESSIONS.labels("closed").inc()
-        self._connections.discard(connection)
-
-
-class StoreConnection(asyncio.Protocol):
-    """One client."""
-
-    def __init__(self, server: StoreServer, client_name: str) -> None:
-        self._server = server
-        self.desk = server.desk
-        self._session = Session(client_name)
-        self._reader = FrameReader()
-        self._transport: asyncio.Transport | None = None
-        self._is_expelled = False
-        self._closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._pending: set[_Pending] = set()
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """The handshake is over."""
-        self._transport = cast("asyncio.Transport", transport)
-        self.desk.open_session(self._session)
-        self._server.add(self)
-
-    def data_received(self, data: bytes) -> None:
-        """Serve the requests that `data` completes."""
-        if self._is_expelled:
-            return
-        try:
-            for body in self._reader.feed(data):
-                self._serve(decode_request(body))
-        except ProtocolError as error:
-            self._expel(str(error))
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """The client closed or died: nothing of it stays."""
-        for pending in list(self._pending):
-            pending.cancel()
-        self.desk.end_session(self._session)
-        self._server.remove(self)
-        self._closed.set_result(None)
-
-    def abort(self) -> None:
-        """Close without waiting for the client."""
-        if self._transport is not None:
-            self._transport.abort()
-
-    async def wait_closed(self) -> None:
-        """Return when `connection_lost` has run."""
-        await self._closed
-
-    def _serve(self, request: Request) -> None:
-        metrics.REQUESTS.labels(type(request).__name__.lower()).inc()
-        desk, session = self.desk, self._session
-        match request:
-            case Lookup(number, keys):
-                self._check_keys(keys)
-                self.reply(Held(number, self._flags(keys)))
-            case Wait(number, keys, timeout_s):
-                self._check_keys(keys)
-                self._wait(number, keys, timeout_s)
-            case Read(number, keys, timeout_s):
-                self._check_keys(keys)
-                self._read(number, keys, timeout_s)
-            case Reserve(number, key, meta, payload_bytes):
-                now_s = asyncio.get_running_loop().time()
-                answer = desk.reserve(session, ChunkKey(key), meta, payload_bytes, now_s=now_s)
-                if isinstance(answer, Grant):
-                    self.reply(Reserved(number, answer))
-                else:
-                    self.reply(Reserved(number, None, answer))
-            case Commit(number, lease, payload_checksum):
-                self.reply(Done(number, desk.commit(session, lease, payload_checksum)))
-            case Drop(number, keys):
-                self._check_keys(keys)
-                self.reply(Done(number, desk.drop([ChunkKey(k) for k in keys])))
-            case Stat(number):
-                self.reply(self._stats(number))
-            case Release(leases):
-                desk.release(session, leases)
-            case Abort(lease):
-                desk.abort(session, lease)
-            case ReportCorrupt(lease):
-                desk.report_corrupt(session, lease)
-
-    def _read(self, number: int, keys: list[bytes], timeout_s: float) -> None:
-        grants: list[Grant | None] = [self.desk.grant_read(self._session, ChunkKey(key)) for key in keys]
-        places: dict[ChunkKey, list[int]] = {}
-        for place, key in enumerate(keys):
-            if grants[place] is None and self.desk.fetch(ChunkKey(key)):
-                places.setdefault(ChunkKey(key), []).append(place)
-
-        def settle(key: ChunkKey) -> bool:
-            # Pinned here and now: the next promotion may evict what has just arrived.
-            for place in places[key]:
-                grants[place] = self.desk.grant_read(self._session, key)
-            return grants[places[key][0]] is not None or not self.desk.is_being_written(key)
-
-        self._reply_when_settled(set(places), settle, timeout_s, lambda: Granted(number, grants))
-
-    def _wait(self, number: int, keys: list[bytes], timeout_s: float) -> None:
-        can_read = self.desk.can_read
-        missing = {ChunkKey(key) for key in keys if not can_read(ChunkKey(key))}
-        self._reply_when_settled(missing, can_read, timeout_s, lambda: Held(number, self._flags(keys)))
-
-    def _reply_when_settled(
-        self, keys: set[ChunkKey], settle: Callable[[ChunkKey], bool], timeout_s: float, reply: Callable[[], Reply]
-    ) -> None:
-        """Answer once every key is settled, or after `timeout_s`; at once if there is nothing to wait for."""
-        if not keys:
-            self.reply(reply())
-            return
-        if len(self._pending) >= self._server.settings.max_waiting_per_session:
-            raise ProtocolError(f"more than {self._server.settings.max_waiting_per_session} requests wait")
-        waiting = Waiting(set(keys), settle=settle, on_done=lambda: pending.finish())
-        pending = _Pending(self, waiting, keys, reply, timeout_s)
-        self._pending.add(pending)
-
-    def forget(self, pending: "_Pending") -> None:
-        """A request waits no more."""
-        self._pending.discard(pending)
-
-    def reply(self, reply: Reply) -> None:
-        """Send one reply."""
-        if self._transport is None or self._transport.is_closing() or self._is_expelled:
-            return
-        self._transport.write(encode(reply))
-        if self._transport.get_write_buffer_size() > _MAX_UNREAD_REPLY_BYTES:
-            self._expel("replies are not read")
-
-    def _expel(self, reason: str) -> None:
-        metrics.SESSIONS.labels("expelled").inc()
-        log.warning("store_session_expelled client=%s reason=%s", self._session.client_name, reason)
-        self._is_expelled = True
-        if self._transport is not None:
-            self._transport.write_eof()
-
-    def _check_keys(self, keys: list[bytes]) -> None:
-        limit = self._server.settings.max_keys_per_request
-        if len(keys) > limit:
-            raise ProtocolError(f"{len(keys)} keys in one request, {limit} are allowed")
-
-    def _flags(self, keys: list[bytes]) -> bytes:
-        can_read = self.desk.can_read
-        return bytes([can_read(ChunkKey(key)) for key in keys])
-
-    def _stats(self, number: int) -> Stats:
-        return Stats(
-            number=number,
-            tiers=self._server.tiers(),
-            sessions=len(self.desk.sessions),
-            read_leases=self.desk.num_reads,
-            reservations=self.desk.num_writes,
-            write_behind_chunks=self._server.queued_chunks(),
-        )
-
-
-class _Pending:
-    """A request that waits; registered from the moment that it is made, so that no change is missed."""
-
-    def __init__(
-        self,
-        connection: StoreConnection,
-        waiting: Waiting,
-        keys: set[ChunkKey],
-        reply: Callable[[], Reply],
-        timeout_s: float,
-    ) -> None:
-        self._connection = connection
-        self._waiting = waiting
-        self._keys = keys
-        self._reply = reply
-        self._timer = asyncio.get_running_loop().call_later(timeout_s, self.finish)
-        connection.desk.add_waiting(waiting)
-
-    def finish(self) -> None:
-        """Reply with what there is."""
-        self.cancel()
-        self._connection.reply(self._reply())
-
-    def cancel(self) -> None:
-        """Stop waiting."""
-        self._timer.cancel()
-        self._connection.desk.remove_waiting(self._waiting, self._keys)
-        self._connection.forget(self)
 
 
 async def _receive_hello(sock: socket.socket) -> bytes:

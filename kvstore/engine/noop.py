@@ -9,6 +9,7 @@ chunk does on a real engine. The answer depends on the prompt's tokens only, nev
 
 import asyncio
 import hashlib
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -67,6 +68,8 @@ class NoopRequest:
     load: tuple[Span, ...] = ()
     save: tuple[Span, ...] = ()
     load_deadline_s: float = 0.0
+    tenant: str = ""
+    """Whose chunks are saved."""
     max_tokens: int = 16
 
 
@@ -180,12 +183,14 @@ class NoopEngine:
     def _save_all(self, request: NoopRequest) -> None:
         for span in request.save:
             payload = self._payload(span, request.prompt)
-            lease = self._store.reserve(key_of(span), self._meta(span), len(payload), deadline_s=_RESERVE_DEADLINE_S)
+            lease = self._store.reserve(
+                key_of(span), self._meta(span, request.tenant), len(payload), deadline_s=_RESERVE_DEADLINE_S
+            )
             if lease is not None:
                 lease.payload[:] = payload
                 lease.commit()
 
-    def _meta(self, span: Span) -> ChunkMeta:
+    def _meta(self, span: Span, tenant: str) -> ChunkMeta:
         return ChunkMeta(
             num_tokens=span.num_tokens,
             num_layers=1,
@@ -193,6 +198,8 @@ class NoopEngine:
             head_dim=self._settings.kv_bytes_per_token // 8,
             dtype="float32",
             base_position=span.start,
+            tenant=tenant,
+            learned_unix_s=time.time(),
         )
 
     def _payload(self, span: Span, prompt: Sequence[int]) -> bytes:

@@ -33,6 +33,8 @@ class SaveOp:
     span: ChunkSpan
     block_ids: tuple[int, ...]
     """The blocks that hold the span: the first one contains token `span.start`."""
+    tenant: str = ""
+    """Whose chunk it is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,18 +3,20 @@
 Covers: building and validating the parameters. Does not cover: who decides them (`*_workers.plan`), carrying them out
 (`kvstore.engine.scheduler_side`). Imports neither torch nor vLLM.
 
-On the wire: `{"learnonce": {"v": 1, "load": [[hexkey, start, stop], ...], "save": [...], "load_deadline_s": 2.0}}`.
+On the wire: `{"learnonce": {"v": 1, "load": [[hexkey, start, stop], ...], "save": [...], "load_deadline_s": 2.0}}`, and
+`"tenant"` where the request has a salt.
 The field is part of vLLM's public JSON API, so the engine may see anything here: whatever is not valid is ignored and
 counted, and the request is computed.
 """
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, Protocol
 
 from cluster.errors import DataError
-from kvstore.keys import ChunkKey, parse_key
+from kvstore.keys import ChunkKey, parse_key, tenant_of
 
 NAMESPACE: Final = "learnonce"
 """Our key in `kv_transfer_params`; vLLM's own keys are never used."""
@@ -22,7 +24,8 @@ VERSION: Final = 1
 MAX_SPANS: Final = 16384
 """Bound on each list; a million-token prompt of 64-token passages fits."""
 MAX_LOAD_DEADLINE_S: Final = 600.0
-_FIELDS: Final = frozenset({"v", "load", "save", "load_deadline_s"})
+_FIELDS: Final = frozenset({"v", "load", "save", "load_deadline_s", "tenant"})
+_TENANT: Final = re.compile(r"([0-9a-f]{16})?", re.ASCII)
 
 
 class TransferParamsError(DataError):
@@ -66,26 +69,28 @@ class TransferParams:
     """Chunks to store once their last token is computed, in order of position, not overlapping."""
     load_deadline_s: float
     """Seconds after which chunks that have not arrived are computed; unused without `load`."""
+    tenant: str = ""
+    """Whose chunks are stored (`kvstore.keys.tenant_of`); "" without a salt."""
 
 
 def build_transfer_params(
-    *, load: Iterable[SpanLike] = (), save: Iterable[SpanLike] = (), load_deadline_s: float
+    *, load: Iterable[SpanLike] = (), save: Iterable[SpanLike] = (), load_deadline_s: float, cache_salt: str = ""
 ) -> dict[str, Any]:
-    """`kv_transfer_params` for one request, as plain JSON data.
+    """`kv_transfer_params` for one request, as plain JSON data. The salt itself is not in it.
 
     Example:
         >>> span = ChunkSpan(ChunkKey(bytes(32)), 0, 3)
         >>> build_transfer_params(save=[span], load_deadline_s=2.0)["learnonce"]["save"][0][1:]
         [0, 3]
     """
-    return {
-        NAMESPACE: {
-            "v": VERSION,
-            "load": [[bytes(span.key).hex(), span.start, span.stop] for span in load],
-            "save": [[bytes(span.key).hex(), span.start, span.stop] for span in save],
-            "load_deadline_s": load_deadline_s,
-        }
+    ours: dict[str, Any] = {
+        "v": VERSION,
+        "load": [[bytes(span.key).hex(), span.start, span.stop] for span in load],
+        "save": [[bytes(span.key).hex(), span.start, span.stop] for span in save],
+        "load_deadline_s": load_deadline_s,
     }
+    tenant = tenant_of(cache_salt)
+    return {NAMESPACE: ours | {"tenant": tenant} if tenant else ours}
 
 
 def parse_transfer_params(raw: Mapping[str, Any] | None, *, num_prompt_tokens: int) -> TransferParams | None:
@@ -114,6 +119,7 @@ def parse_transfer_params(raw: Mapping[str, Any] | None, *, num_prompt_tokens: i
         load=_spans(ours.get("load", []), "load", num_prompt_tokens),
         save=_spans(ours.get("save", []), "save", num_prompt_tokens),
         load_deadline_s=_deadline_s(ours.get("load_deadline_s", 0.0)),
+        tenant=_tenant(ours.get("tenant", "")),
     )
 
 
@@ -142,6 +148,12 @@ def _span(item: Any, name: str) -> ChunkSpan:
         return ChunkSpan(parse_key(key), start, stop)
     except ValueError as error:
         raise TransferParamsError(f"{name} holds a key that is not 64 hex digits") from error
+
+
+def _tenant(raw: Any) -> str:
+    if not isinstance(raw, str) or not _TENANT.fullmatch(raw):
+        raise TransferParamsError("tenant is not 16 hex digits")
+    return raw
 
 
 def _deadline_s(raw: Any) -> float:

@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
+import msgspec
+
 from kvstore.codecs import codec_by_name
 from kvstore.engine.ops import SaveOp
 from kvstore.engine.paging import Gathered
@@ -101,7 +103,11 @@ class Saver:
             num_tokens = op.span.stop - op.span.start
             first = op.span.start % self._blocks.block_size
             gathered = self._blocks.gather(op.block_ids, first=first, num_tokens=num_tokens)
-            meta = self._blocks.meta(num_tokens=num_tokens, base_position=op.span.start)
+            meta = msgspec.structs.replace(
+                self._blocks.meta(num_tokens=num_tokens, base_position=op.span.start),
+                tenant=op.tenant,
+                learned_unix_s=time.time(),
+            )
             self._threads.submit(self._write, op.span.key, meta, gathered, need_bytes)
         except Exception:
             logger.exception("event=gather_failed request_id=%s", op.request_id)
@@ -140,7 +146,8 @@ class Saver:
             return "refused"
         try:
             num_bytes = codec.encode(gathered.kv(), out=lease.payload)
-            if not lease.commit():
+            # A codec that compresses needs less than it asked room for.
+            if not lease.commit(num_bytes if num_bytes < len(lease.payload) else None):
                 return "refused"
         except BaseException:
             lease.abort()

@@ -182,7 +182,7 @@ class SchedulerSide:
             first, last = span.start // self._block_size, -(-span.stop // self._block_size)
             block_ids = tuple(blocks_of(request_id)[first:last])
             if len(block_ids) == last - first:
-                ops.append(SaveOp(request_id=request_id, span=span, block_ids=block_ids))
+                ops.append(SaveOp(request_id=request_id, span=span, block_ids=block_ids, tenant=tracked.params.tenant))
         return ops
 
 

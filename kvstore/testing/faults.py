@@ -1,7 +1,7 @@
 """Store clients that fail on purpose, the same way in every process and run.
 
-Covers: misses, reads that come to nothing after a positive lookup, slowness, refused and failed writes; for a seeded
-share of the keys or for named keys.
+Covers: misses, reads that come to nothing after a positive lookup, slowness, streams that break off, refused and failed
+writes; for a seeded share of the keys or for named keys.
 Does not cover: wrong bytes (a client never hands them out: its read is a miss, which is `Fault.LOST`), and failures of
 the store process or its files, which `tests/fault` causes on the real thing.
 """
@@ -10,8 +10,10 @@ import hashlib
 import threading
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
+from types import TracebackType
+from typing import Self
 
-from kvstore.interfaces import ChunkMeta, ReadLease, StoreClient, WriteLease
+from kvstore.interfaces import ChunkMeta, ReadLease, StoreClient, StreamLease, WriteLease
 from kvstore.keys import ChunkKey
 
 
@@ -88,6 +90,28 @@ class FaultyStoreClient:
         leases = iter(self.inner.read(good, deadline_s=deadline_s))
         return [None if key in gone else next(leases) for key in keys]
 
+    def read_into(self, key: ChunkKey, out: memoryview, *, deadline_s: float) -> ChunkMeta | None:
+        """As the inner client, or nothing for keys that fail."""
+        left_s = self._left_s(key, deadline_s)
+        return None if left_s is None else self.inner.read_into(key, out, deadline_s=left_s)
+
+    def stream(self, key: ChunkKey, *, deadline_s: float) -> StreamLease | None:
+        """As the inner client, or nothing for keys that fail; slow and lost keys never finish."""
+        if self.has_fault(Fault.MISS, key):
+            return None
+        lease = self.inner.stream(key, deadline_s=deadline_s)
+        is_broken = self.has_fault(Fault.LOST, key) or self.has_fault(Fault.SLOW, key)
+        return _BrokenStream(lease) if lease is not None and is_broken else lease
+
+    def pin(self, keys: Sequence[ChunkKey], *, seconds: float, deadline_s: float) -> list[bool]:
+        """As the inner client, without the keys that miss."""
+        pinned = self.inner.pin(keys, seconds=seconds, deadline_s=deadline_s)
+        return [yes and not self.has_fault(Fault.MISS, key) for yes, key in zip(pinned, keys, strict=True)]
+
+    def unpin(self, keys: Sequence[ChunkKey], *, deadline_s: float) -> None:
+        """As the inner client."""
+        self.inner.unpin(keys, deadline_s=deadline_s)
+
     def reserve(self, key: ChunkKey, meta: ChunkMeta, num_bytes: int, *, deadline_s: float) -> WriteLease | None:
         """As the inner client, refused or doomed for the keys that fail."""
         if self.has_fault(Fault.REFUSED, key):
@@ -99,6 +123,52 @@ class FaultyStoreClient:
         """Close the inner client and wake slow reads."""
         self._closed.set()
         self.inner.close()
+
+    def _left_s(self, key: ChunkKey, deadline_s: float) -> float | None:
+        """Seconds left of a read of one key, after its slowness; None if it comes to nothing."""
+        if self.has_fault(Fault.MISS, key) or self.has_fault(Fault.LOST, key):
+            return None
+        if not self.has_fault(Fault.SLOW, key):
+            return deadline_s
+        self._closed.wait(min(self.delay_s, deadline_s))
+        return deadline_s - self.delay_s if self.delay_s < deadline_s else None
+
+
+class _BrokenStream:
+    """A stream that breaks off half way: early bytes are there, and never become true."""
+
+    def __init__(self, inner: StreamLease) -> None:
+        self._inner = inner
+
+    @property
+    def key(self) -> ChunkKey:
+        return self._inner.key
+
+    @property
+    def meta(self) -> ChunkMeta | None:
+        return self._inner.meta
+
+    @property
+    def payload(self) -> memoryview:
+        return self._inner.payload
+
+    def wait_bytes(self, num_bytes: int, *, deadline_s: float) -> int:
+        half = len(self._inner.payload) // 2
+        return min(half, self._inner.wait_bytes(min(num_bytes, half), deadline_s=deadline_s))
+
+    def finish(self, *, deadline_s: float) -> bool:
+        return False
+
+    def release(self) -> None:
+        self._inner.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
 
 
 class _DoomedWrite:
@@ -115,7 +185,7 @@ class _DoomedWrite:
     def payload(self) -> memoryview:
         return self._inner.payload
 
-    def commit(self) -> bool:
+    def commit(self, num_bytes: int | None = None) -> bool:
         self._inner.abort()
         return False
 

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
-from kvstore.interfaces import ChunkMeta, ReadLease, TierStat, WriteLease
+from kvstore.container import RecordError
+from kvstore.interfaces import BufferUnusableError, ChunkMeta, ReadLease, StreamLease, TierStat, WriteLease
 from kvstore.keys import ChunkKey
 
 
@@ -39,6 +40,7 @@ class MemoryStore:
         self._chunks: OrderedDict[ChunkKey, _Chunk] = OrderedDict()
         self._writing: dict[ChunkKey, MemoryWriteLease] = {}
         self._leases: set[MemoryReadLease] = set()
+        self._pins: dict[ChunkKey, float] = {}
 
     def stat(self) -> TierStat:
         """Counts now; `pinned_bytes` is 0 once every lease is released."""
@@ -116,6 +118,18 @@ class MemoryStore:
                 self._leases.remove(lease)
                 chunk.pins -= 1
 
+    def pin(self, key: ChunkKey, *, until_s: float) -> bool:
+        """Keep one chunk from being evicted until a monotonic time; whether it is there."""
+        with self._changed:
+            if key in self._chunks:
+                self._pins[key] = max(until_s, self._pins.get(key, until_s))
+            return key in self._chunks
+
+    def unpin(self, key: ChunkKey) -> None:
+        """End a pin."""
+        with self._changed:
+            self._pins.pop(key, None)
+
     def end_session(self, owner: "MemoryStoreClient") -> None:
         """End every lease and reservation of one client, as a closed connection does."""
         with self._changed:
@@ -135,7 +149,7 @@ class MemoryStore:
         for key, chunk in self._chunks.items():
             if over <= 0:
                 break
-            if not chunk.pins:
+            if not chunk.pins and self._pins.get(key, 0.0) <= time.monotonic():
                 victims.append(key)
                 over -= len(chunk.payload)
         if over > 0:
@@ -186,6 +200,48 @@ class MemoryReadLease:
         self.release()
 
 
+class MemoryStreamLease:
+    """A pinned chunk as a stream: whole from the start."""
+
+    def __init__(self, lease: MemoryReadLease) -> None:
+        self._lease = lease
+
+    @property
+    def key(self) -> ChunkKey:
+        """The chunk's key."""
+        return self._lease.key
+
+    @property
+    def meta(self) -> ChunkMeta | None:
+        """How to read the payload."""
+        return self._lease.meta
+
+    @property
+    def payload(self) -> memoryview:
+        """Read-only bytes."""
+        return self._lease.payload
+
+    def wait_bytes(self, num_bytes: int, *, deadline_s: float) -> int:
+        """All of them."""
+        return len(self._lease.payload)
+
+    def finish(self, *, deadline_s: float) -> bool:
+        """They are true."""
+        return True
+
+    def release(self) -> None:
+        """Give the pin back."""
+        self._lease.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+
 class MemoryWriteLease:
     """The single write of one key."""
 
@@ -209,9 +265,19 @@ class MemoryWriteLease:
         """Writable bytes of the reserved length."""
         return self._payload
 
-    def commit(self) -> bool:
-        """Make the chunk readable; False if the write was ended before."""
-        return self._store.finish_write(self, self._buffer)
+    def commit(self, num_bytes: int | None = None) -> bool:
+        """Make the chunk readable; False if the write was ended before.
+
+        Raises:
+            RecordError: `num_bytes` is not between 1 and what was reserved; the write is aborted.
+        """
+        if num_bytes is None:
+            return self._store.finish_write(self, self._buffer)
+        if not 0 < num_bytes <= len(self._buffer):
+            self.abort()
+            raise RecordError(f"a write of {len(self._buffer)} bytes cannot commit {num_bytes}")
+        # A copy: the writer's view keeps the buffer from shrinking.
+        return self._store.finish_write(self, self._buffer[:num_bytes])
 
     def abort(self) -> None:
         """Forget the write."""
@@ -253,6 +319,40 @@ class MemoryStoreClient:
             return [None] * len(keys)
         stop_s = time.monotonic() + deadline_s
         return [self.store.acquire(key, self, stop_s) for key in keys]
+
+    def read_into(self, key: ChunkKey, out: memoryview, *, deadline_s: float) -> ChunkMeta | None:
+        """Copy one payload; None if it is missing, late, or of another length.
+
+        Raises:
+            BufferUnusableError: `out` cannot be written to, or is not contiguous.
+        """
+        if out.readonly or not out.c_contiguous:
+            raise BufferUnusableError("read_into needs writable, contiguous memory")
+        (lease,) = self.read([key], deadline_s=deadline_s)
+        if lease is None:
+            return None
+        with lease:
+            if len(lease.payload) != out.nbytes:
+                return None
+            out.cast("B")[:] = lease.payload
+            return lease.meta
+
+    def stream(self, key: ChunkKey, *, deadline_s: float) -> StreamLease | None:
+        """Lease one chunk; None if it is missing or late."""
+        if self._closed:
+            return None
+        lease = self.store.acquire(key, self, time.monotonic() + deadline_s)
+        return MemoryStreamLease(lease) if lease else None
+
+    def pin(self, keys: Sequence[ChunkKey], *, seconds: float, deadline_s: float) -> list[bool]:
+        """Keep chunks from being evicted for so long; which are held."""
+        until_s = time.monotonic() + seconds
+        return [not self._closed and self.store.pin(key, until_s=until_s) for key in keys]
+
+    def unpin(self, keys: Sequence[ChunkKey], *, deadline_s: float) -> None:
+        """End pins."""
+        for key in keys if not self._closed else ():
+            self.store.unpin(key)
 
     def reserve(self, key: ChunkKey, meta: ChunkMeta, num_bytes: int, *, deadline_s: float) -> WriteLease | None:
         """Room for a new chunk, or None."""

@@ -1,6 +1,6 @@
 """A node store in a process of its own, for tests that kill, freeze and restart it.
 
-Covers: `StoreProcess`, and the program that it runs (`python -m kvstore.testing.process`).
+Covers: `StoreProcess`, and the program that it runs (`main`).
 Does not cover: Ray (`kvstore.actor`).
 """
 
@@ -9,12 +9,14 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
 import msgspec
 
+from kvstore import crash
 from kvstore.keys import ChunkKey, parse_key
 from kvstore.node import NodeStore
 from kvstore.settings import StoreSettings
@@ -26,9 +28,35 @@ _ROOT: Final = Path(__file__).resolve().parents[2]
 
 
 class StoreProcess:
-    """Starts at once; `restart` starts another life on the same socket."""
+    """Starts at once; `restart` starts another life on the same socket.
 
-    def __init__(self, settings: StoreSettings, *, secret: bytes, socket_path: str, node_id: str = "node") -> None:
+    Args:
+        settings: The store's.
+        secret: The cluster's.
+        socket_path: For the unix socket.
+        node_id: Names the node.
+        bind_host: Interface of its ports.
+        crash_at: A point of `kvstore.crash` at which the process kills itself; None: none.
+        crash_hit: How often the point is reached until then.
+        environment: Further environment variables.
+    """
+
+    def __init__(
+        self,
+        settings: StoreSettings,
+        *,
+        secret: bytes,
+        socket_path: str,
+        node_id: str = "node",
+        bind_host: str = "127.0.0.1",
+        crash_at: str | None = None,
+        crash_hit: int = 1,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        self.bind_host = bind_host
+        self.crash_at = crash_at
+        self.crash_hit = crash_hit
+        self.environment = dict(environment or {})
         self.settings = settings
         self.secret = secret
         self.socket_path = socket_path
@@ -44,6 +72,20 @@ class StoreProcess:
         """SIGKILL, and wait for the end."""
         self._process.kill()
         self._reap()
+
+    def wait_dead(self, *, deadline_s: float = 30.0) -> int:
+        """Return the exit status (-9 after a crash point) once the process has ended by itself."""
+        wait_until(lambda: self._process.poll() is not None, what="the store process to die", deadline_s=deadline_s)
+        self._reap()
+        return self._process.returncode
+
+    def set_peers(self, endpoints: Sequence[StoreEndpoint]) -> None:
+        """Tell the store which stores there are, itself among them or not."""
+        self._ask({"do": "set_peers", "endpoints": [msgspec.to_builtins(endpoint) for endpoint in endpoints]})
+
+    def arm(self, crash_at: str, *, hit: int = 1) -> None:
+        """From now on, die when a point of `kvstore.crash` is reached for the `hit`-th time."""
+        self._ask({"do": "arm", "crash_at": crash_at, "hit": hit})
 
     def restart(self) -> StoreEndpoint:
         """Another life, after `kill` or `stop`."""
@@ -93,9 +135,9 @@ class StoreProcess:
         return json.loads(answer)
 
     def _spawn(self) -> tuple["subprocess.Popen[str]", StoreEndpoint]:
-        environment = {**os.environ, _SECRET_NAME: self.secret.hex(), "PYTHONPATH": str(_ROOT)}
+        environment = {**os.environ, **self.environment, _SECRET_NAME: self.secret.hex(), "PYTHONPATH": str(_ROOT)}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__],
+            [sys.executable, "-c", f"from {StoreProcess.__module__} import main; main()"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,
@@ -105,8 +147,17 @@ class StoreProcess:
             "settings": self.settings.model_dump_json(),
             "socket_path": self.socket_path,
             "node_id": self.node_id,
+            "bind_host": self.bind_host,
+            "crash_at": self.crash_at,
+            "crash_hit": self.crash_hit,
         }
-        return self._process, msgspec.convert(self._ask(arguments), StoreEndpoint)
+        try:
+            endpoint = msgspec.convert(self._ask(arguments), StoreEndpoint)
+        except BaseException:
+            # It ended, or speaks another language: nothing of it stays.
+            self.kill()
+            raise
+        return self._process, endpoint
 
     def _reap(self) -> None:
         self._process.wait()
@@ -118,18 +169,26 @@ class StoreProcess:
 def main() -> None:
     """Serve until told to stop, or until whoever started this process is gone."""
     arguments = json.loads(sys.stdin.readline())
+    if arguments["crash_at"]:
+        crash.arm(arguments["crash_at"], hit=arguments["crash_hit"])
     store = NodeStore(
         StoreSettings.model_validate_json(arguments["settings"]),
         secret=bytes.fromhex(os.environ[_SECRET_NAME]),
         node_id=arguments["node_id"],
         socket_path=arguments["socket_path"],
-        bind_host="127.0.0.1",
+        bind_host=arguments["bind_host"],
     )
     _say(msgspec.to_builtins(store.start()))
     for line in sys.stdin:
         command = json.loads(line)
         if command["do"] == "damage":
             _say(store.damage(parse_key(command["key"]), at_byte=command["at_byte"]))
+        elif command["do"] == "set_peers":
+            store.set_peers(msgspec.convert(command["endpoints"], list[StoreEndpoint]))
+            _say(True)
+        elif command["do"] == "arm":
+            crash.arm(command["crash_at"], hit=command["hit"])
+            _say(True)
         else:
             store.stop()
             _say(True)
@@ -140,7 +199,3 @@ def main() -> None:
 def _say(value: Any) -> None:
     sys.stdout.write(json.dumps(value) + "\n")
     sys.stdout.flush()
-
-
-if __name__ == "__main__":
-    main()

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from kvstore.interfaces import StoreClient
+from cluster.errors import CallerError
+from kvstore.interfaces import BufferUnusableError, ChunkMeta, StoreClient, StreamLease
 from kvstore.keys import ChunkKey
 from kvstore.testing.poll import wait_until
 from kvstore.testing.samples import sample_key, sample_meta, sample_payload
@@ -175,6 +176,7 @@ class StoreClientContract:
     def test_wait_returns_at_its_deadline(self, client: StoreClient) -> None:
         """With what is there."""
         write_chunk(client, 1, 10)
+        assert client.wait([sample_key(1)], deadline_s=SOON_S) == [True]
         start_s = time.monotonic()
         assert client.wait([sample_key(1), sample_key(2)], deadline_s=SHORT_S) == [True, False]
         assert SHORT_S / 2 < time.monotonic() - start_s < SHORT_S + LATE_S
@@ -189,6 +191,119 @@ class StoreClientContract:
         assert bytes(lease.payload) == payload
         lease.release()
         lease.release()
+
+    @pytest.mark.parametrize("size", [1, 4096, 100_001, 1_500_000])
+    def test_read_into_copies_a_payload(self, client: StoreClient, other: StoreClient, size: int) -> None:
+        """All of it, into memory of the caller, of any item type."""
+        payload = write_chunk(client, 1, size)
+        out = bytearray(size)
+        assert other.read_into(sample_key(1), memoryview(out), deadline_s=SOON_S) == sample_meta(2)
+        assert out == payload
+
+    def test_read_into_of_what_is_not_there_or_another_length_is_a_miss(self, client: StoreClient) -> None:
+        """Nothing is written past the end; the chunk stays."""
+        payload = write_chunk(client, 1, 1000)
+        for size in (1, 999, 1001, 100_000):
+            assert client.read_into(sample_key(1), memoryview(bytearray(size)), deadline_s=SOON_S) is None
+        assert client.read_into(sample_key(2), memoryview(bytearray(1000)), deadline_s=SOON_S) is None
+        assert read_bytes(client, [sample_key(1)], SOON_S) == [payload]
+
+    def test_read_into_refuses_memory_that_it_cannot_fill(self, client: StoreClient) -> None:
+        """A mistake of the caller, said as such."""
+        write_chunk(client, 1, 1000)
+        for out in (memoryview(bytes(1000)), memoryview(bytearray(2000))[::2]):
+            with pytest.raises(BufferUnusableError):
+                client.read_into(sample_key(1), out, deadline_s=SOON_S)
+
+    def test_read_into_waits_for_a_write_under_way(self, client: StoreClient, other: StoreClient) -> None:
+        """As `read` does."""
+        lease = client.reserve(sample_key(1), sample_meta(2), 10, deadline_s=SOON_S)
+        assert lease is not None
+        lease.payload[:] = b"0123456789"
+        out = bytearray(10)
+        found: list[ChunkMeta | None] = []
+        reader = threading.Thread(
+            target=lambda: found.append(other.read_into(sample_key(1), memoryview(out), deadline_s=SOON_S))
+        )
+        reader.start()
+        assert lease.commit()
+        reader.join(SOON_S)
+        assert (found, bytes(out)) == ([sample_meta(2)], b"0123456789")
+
+    def test_stream_of_a_chunk_that_is_there(self, client: StoreClient, other: StoreClient) -> None:
+        """All of it at once, and it keeps its memory as any lease."""
+        payload = write_chunk(client, 1, 100_001)
+        lease = other.stream(sample_key(1), deadline_s=SOON_S)
+        assert lease is not None
+        with lease:
+            assert lease.wait_bytes(10, deadline_s=SOON_S) >= 10
+            assert lease.wait_bytes(len(payload), deadline_s=SOON_S) == len(payload)
+            assert (lease.key, lease.meta) == (sample_key(1), sample_meta(2))
+            assert lease.finish(deadline_s=SOON_S)
+            assert lease.finish(deadline_s=SOON_S)
+            assert bytes(lease.payload) == payload
+            assert lease.payload.readonly
+        lease.release()
+
+    def test_stream_of_nothing_is_a_miss(self, client: StoreClient) -> None:
+        """At once."""
+        assert client.stream(sample_key(1), deadline_s=SOON_S) is None
+
+    def test_stream_waits_for_a_writer(self, client: StoreClient, other: StoreClient) -> None:
+        """Until its commit, its abort, or the deadline."""
+        lease = client.reserve(sample_key(1), sample_meta(), 10, deadline_s=SOON_S)
+        assert lease is not None
+        assert other.stream(sample_key(1), deadline_s=SHORT_S) is None
+        found: list[StreamLease | None] = []
+        reader = threading.Thread(target=lambda: found.append(other.stream(sample_key(1), deadline_s=60.0)))
+        reader.start()
+        lease.payload[:] = b"0123456789"
+        assert lease.commit()
+        reader.join(SOON_S)
+        assert found[0] is not None
+        with found[0] as stream:
+            assert stream.finish(deadline_s=SOON_S)
+            assert bytes(stream.payload) == b"0123456789"
+
+    @pytest.mark.parametrize("num_bytes", [1, 4096, 65_536, 199_999, 200_000])
+    def test_commit_of_fewer_bytes(self, client: StoreClient, other: StoreClient, num_bytes: int) -> None:
+        """An encoder that needed less than it asked for gives the rest back."""
+        lease = client.reserve(sample_key(1), sample_meta(2), 200_000, deadline_s=SOON_S)
+        assert lease is not None
+        lease.payload[:num_bytes] = sample_payload(1, num_bytes)
+        assert lease.commit(num_bytes)
+        assert read_bytes(other, [sample_key(1)], SOON_S) == [sample_payload(1, num_bytes)]
+
+    @pytest.mark.parametrize("num_bytes", [0, -1, 11])
+    def test_commit_of_what_was_not_reserved(self, client: StoreClient, num_bytes: int) -> None:
+        """A mistake of the caller, and the write is over."""
+        lease = client.reserve(sample_key(1), sample_meta(), 10, deadline_s=SOON_S)
+        assert lease is not None
+        with pytest.raises(CallerError):
+            lease.commit(num_bytes)
+        assert not lease.commit()
+        wait_until(lambda: not self.leftovers(), what="the reservation to end")
+        write_chunk(client, 1, 10)
+
+    def test_given_back_room_is_used_again(self, client: StoreClient) -> None:
+        """Many large reservations of small chunks all fit, at the same time."""
+        for index in range(12):
+            lease = client.reserve(sample_key(index), sample_meta(index + 1), 2_000_000, deadline_s=SOON_S)
+            assert lease is not None
+            lease.payload[:100] = sample_payload(index, 100)
+            assert lease.commit(100)
+        held = client.lookup([sample_key(index) for index in range(12)], deadline_s=SOON_S)
+        assert held == [True] * 12
+
+    def test_pinned_chunk_is_not_evicted(self, client: StoreClient, other: StoreClient) -> None:
+        """While others come and go, also when the client that pinned it is gone; until it is unpinned."""
+        payload = write_chunk(client, 0, 200_000)
+        assert other.pin([sample_key(0), sample_key(500)], seconds=600.0, deadline_s=SOON_S) == [True, False]
+        other.close()
+        for index in range(1, 100):
+            write_chunk(client, index, 200_000)
+        assert read_bytes(client, [sample_key(0)], SOON_S) == [payload]
+        client.unpin([sample_key(0), sample_key(500)], deadline_s=SOON_S)
 
     def test_closed_client_leaves_nothing(self, client: StoreClient, other: StoreClient) -> None:
         """Leases and reservations end; later calls are misses; its write can be done by another."""
