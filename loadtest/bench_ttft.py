@@ -136,8 +136,8 @@ def _bench_settings(settings: Settings, scratch: str, *, port: int, kind: str) -
     """The user's settings with a port, name and state folder of the benchmark's own."""
     cluster = settings.cluster.model_copy(update={"name": f"bench-{kind}", "port": port, "state_dir": scratch})
     engine = settings.engine.model_copy(update={"kind": kind})
-    # In memory only: what a former run left in files must not answer this one.
-    store = settings.store.model_copy(update={"file": None})
+    # In memory only: what a former run left in files or buckets must not answer this one.
+    store = settings.store.model_copy(update={"nvme": None, "object": None})
     changed = settings.model_copy(update={"cluster": cluster, "engine": engine, "store": store})
     return settings_from_json(to_json(changed))
 

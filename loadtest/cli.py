@@ -6,13 +6,14 @@ Covers: the command line. Does not cover: the measuring (one module per benchmar
 import asyncio
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from cluster.settings import read_settings
+from loadtest.bench_store import STORE_PARTS
 from loadtest.results import write_result
 
 bench = typer.Typer(help="Measure, and write the figures to a JSON file.", no_args_is_help=True)
@@ -38,6 +39,63 @@ def ttft(
 
     settings = read_settings(config_file, overrides or ())
     content = asyncio.run(measure(settings, repeats=repeats, tokens=tokens, port=port, log=_note))
+    _report(json_file, content)
+
+
+@bench.command()
+def store(
+    json_file: Annotated[Path, typer.Option("--json", help="Where to write the result")],
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds per figure; medians are reported")] = 5,
+    part: Annotated[
+        list[str] | None, typer.Option("--part", help=f"Only this part, repeatable: {', '.join(STORE_PARTS)}")
+    ] = None,
+) -> None:
+    """The store beside its floors: memory, sockets, disk, object store, index. Some parts need root, fio or iperf3."""
+    from loadtest.bench_store.parts import measure_parts
+
+    _report(json_file, measure_parts(part or STORE_PARTS, repeats=repeats, log=_note))
+
+
+@bench.command()
+def eviction(
+    json_file: Annotated[Path, typer.Option("--json", help="Where to write the result")],
+    trace: Annotated[
+        Path | None, typer.Option(help="JSON lines of RAGPulse, Mooncake or questions over passages; .gz or plain")
+    ] = None,
+    workload: Annotated[str | None, typer.Option(help="A generated stream instead of a trace, by name")] = None,
+    seed: Annotated[int, typer.Option(help="Of the generated stream")] = 1,
+    capacity: Annotated[
+        list[float] | None, typer.Option(help="Capacity over the bytes of all chunks of the stream; repeatable")
+    ] = None,
+) -> None:
+    """What each eviction policy saves on a stream of requests, beside what no store could exceed."""
+    from loadtest.bench_eviction import DEFAULT_CAPACITIES, measure, read_requests
+
+    name, requests = read_requests(trace, workload, seed=seed)
+    _report(json_file, measure(name, requests, capacities=capacity or DEFAULT_CAPACITIES, log=_note))
+
+
+@bench.command()
+def soak(
+    json_file: Annotated[Path, typer.Option("--json", help="Where to write the result")],
+    minutes: Annotated[float, typer.Option(min=0.05, help="How long")] = 30.0,
+) -> None:
+    """A mixed load over every tier of two stores at their capacity: nothing may be wrong, grow or be left."""
+    from loadtest.results import result
+    from loadtest.soak_store import soak as run_soak
+
+    report = run_soak(seconds=60.0 * minutes, log=_note)
+    detail = {
+        "operations": dict(sorted(report.operations.items())),
+        "problems": [*report.mismatches, *report.errors][:100],
+        "tiers": report.tiers,
+    }
+    _report(json_file, result(report.figures(), **detail))
+    if report.mismatches or report.errors:
+        raise typer.Exit(1)
+
+
+def _report(json_file: Path, content: dict[str, Any]) -> None:
     write_result(json_file, content)
     table = Table("figure", "value")
     for name, value in content["figures"].items():
