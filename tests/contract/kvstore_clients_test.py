@@ -7,7 +7,7 @@ import pytest
 
 from kvstore.client import NodeStoreClient
 from kvstore.interfaces import StoreClient
-from kvstore.settings import FileTierSettings, StoreSettings
+from kvstore.settings import NvmeSettings, StoreSettings
 from kvstore.testing import FaultyStoreClient, MemoryStore, MemoryStoreClient
 from kvstore.testing.poll import wait_until
 from kvstore.testing.process import StoreProcess
@@ -45,8 +45,8 @@ class TestNodeStoreClient(StoreClientContract):
     @classmethod
     def _process(cls, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         folder = tmp_path_factory.mktemp("store")
-        files = FileTierSettings(folder=str(folder / "files"), capacity_bytes=8 * MIN_CAPACITY_BYTES)
-        settings = StoreSettings(host_bytes=MIN_CAPACITY_BYTES, file=files if cls.has_files else None)
+        files = NvmeSettings(folders=(str(folder / "files"),), capacity_bytes=8 * MIN_CAPACITY_BYTES)
+        settings = StoreSettings(host_bytes=MIN_CAPACITY_BYTES, nvme=files if cls.has_files else None)
         path = str(folder / "s")
         with StoreProcess(settings, secret=SECRET, socket_path=path) as store:
             cls.path = path

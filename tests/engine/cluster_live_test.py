@@ -36,7 +36,7 @@ def cluster(tmp_path_factory):
             "engine.kv_cache_bytes": 1 << 30,
             "engine.tool_call_parser": "hermes",
             "store.host_bytes": 1 << 30,
-            "store.file": {"folder": str(tmp_path_factory.mktemp("chunks"))},
+            "store.nvme": {"folders": [str(tmp_path_factory.mktemp("chunks"))]},
             "router.deadlines.request_s": REQUEST_S,
         },
     )

@@ -100,7 +100,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         return EngineProcess(settings, log=folder / f"{name}.log", store_socket=path, secret=secret, replica_rank=rank)
 
     with (
-        StoreProcess(StoreSettings(host_bytes=1 << 30, file=None), secret=secret, socket_path=path) as store,
+        StoreProcess(StoreSettings(host_bytes=1 << 30, nvme=None), secret=secret, socket_path=path) as store,
         engine("saver", 0, 256, ConnectorSettings()) as saver,
         engine("loader", 1, 64, tiny) as loader,
     ):

@@ -16,7 +16,7 @@ from kvstore.client import NodeStoreClient
 from kvstore.connection import StoreConnection
 from kvstore.node import NodeStore
 from kvstore.protocol import Granted, Lookup, Read, Release, Stats
-from kvstore.settings import FileTierSettings, StoreSettings
+from kvstore.settings import NvmeSettings, StoreSettings
 from kvstore.testing.poll import wait_until
 from kvstore.testing.process import StoreProcess
 from kvstore.testing.samples import sample_key, sample_meta, sample_payload
@@ -31,7 +31,7 @@ DEADLINE_S = 0.3
 def store(tmp_path: Path) -> Iterator[StoreProcess]:
     settings = StoreSettings(
         host_bytes=4 << 20,
-        file=FileTierSettings(folder=str(tmp_path / "files"), capacity_bytes=64 << 20),
+        nvme=NvmeSettings(folders=(str(tmp_path / "files"),), capacity_bytes=64 << 20),
         handshake_s=1.0,
         reservation_s=3.0,
     )
@@ -62,7 +62,7 @@ def stats_of(client: NodeStoreClient) -> Stats:
 
 
 def wait_for_files(client: NodeStoreClient, num_chunks: int) -> None:
-    wait_until(lambda: stats_of(client).tiers["file"].chunks == num_chunks, what=f"{num_chunks} files")
+    wait_until(lambda: stats_of(client).tiers["nvme"].chunks == num_chunks, what=f"{num_chunks} files")
 
 
 def assert_nothing_left(client: NodeStoreClient) -> None:
@@ -74,9 +74,9 @@ def assert_nothing_left(client: NodeStoreClient) -> None:
 
 
 def file_of(store: StoreProcess, index: int) -> Path:
-    assert store.settings.file is not None
+    assert store.settings.nvme is not None
     name = sample_key(index).hex()
-    return Path(store.settings.file.folder) / name[:2] / f"{name}.rec"
+    return Path(store.settings.nvme.folders[0]) / name[:2] / f"{name}.rec"
 
 
 def test_store_killed_between_lookup_and_read(store: StoreProcess, client: NodeStoreClient) -> None:
@@ -204,7 +204,8 @@ def test_broken_file(store: StoreProcess, client: NodeStoreClient, how: str) -> 
     wait_for_files(client, 2)
     store.kill()
     store.restart()
-    stats_of(client)
+    keys = [sample_key(1), sample_key(2)]
+    wait_until(lambda: client.lookup(keys, deadline_s=1.0) == [True, True], what="the files to be found again")
     path, record = file_of(store, 1), file_of(store, 1).read_bytes()
     broken = {
         "flipped": record[:20_000] + bytes([record[20_000] ^ 1]) + record[20_001:],
@@ -322,11 +323,11 @@ def test_smaller_file_tier_after_a_restart(store: StoreProcess, client: NodeStor
         write_chunk(client, index, 50_000)
     wait_for_files(client, 4)
     store.kill()
-    assert store.settings.file is not None
-    smaller = store.settings.file.model_copy(update={"capacity_bytes": 120_000})
-    store.settings = store.settings.model_copy(update={"file": smaller})
+    assert store.settings.nvme is not None
+    smaller = store.settings.nvme.model_copy(update={"capacity_bytes": 120_000})
+    store.settings = store.settings.model_copy(update={"nvme": smaller})
     store.restart()
-    assert stats_of(client).tiers["file"].chunks == 2
+    assert stats_of(client).tiers["nvme"].chunks == 2
     held = client.lookup([sample_key(i) for i in range(4)], deadline_s=SOON_S)
     assert held.count(True) == 2
 
@@ -335,8 +336,8 @@ def test_second_store_on_the_folder_leaves_the_first_one_its_socket(
     store: StoreProcess, client: NodeStoreClient
 ) -> None:
     payload = write_chunk(client, 1, 50_000)
-    assert store.settings.file is not None
-    settings = store.settings.model_copy(update={"file": store.settings.file.model_copy(update={"lock_wait_s": 0.0})})
+    assert store.settings.nvme is not None
+    settings = store.settings.model_copy(update={"nvme": store.settings.nvme.model_copy(update={"lock_wait_s": 0.0})})
     second = NodeStore(settings, secret=SECRET, node_id="n", socket_path=store.socket_path, bind_host="127.0.0.1")
     with pytest.raises(FolderBusyError):
         second.start()

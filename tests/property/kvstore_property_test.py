@@ -213,7 +213,9 @@ class FileTierMachine(TierMachine):
         return self.open()
 
     def open(self) -> Tier:
-        return FileTier(self.folder, capacity_bytes=16 * PAGE_BYTES)
+        tier = FileTier(self.folder, capacity_bytes=16 * PAGE_BYTES)
+        assert tier.wait_scanned(30.0)
+        return tier
 
     @rule()
     def restart(self) -> None:

@@ -16,7 +16,7 @@ from support.live import LEARNONCE, LiveCluster, kill, until
 
 pytestmark = pytest.mark.ray
 
-NOOP = {"engine.kind": "noop", "store.host_bytes": 64 << 20, "store.file": None, "cluster.drain_s": 10.0}
+NOOP = {"engine.kind": "noop", "store.host_bytes": 64 << 20, "store.nvme": None, "cluster.drain_s": 10.0}
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from kvstore.actor import (
 )
 from kvstore.client import NodeStoreClient
 from kvstore.server import SocketPathError
-from kvstore.settings import FileTierSettings, StoreSettings
+from kvstore.settings import NvmeSettings, StoreSettings
 from kvstore.testing.poll import wait_until
 from kvstore.testing.samples import sample_key
 from kvstore.testing.store_client import read_bytes, write_chunk
@@ -61,7 +61,7 @@ def _ray(folder: Path) -> Iterator[None]:
 
 def test_store_is_started_once_and_comes_back_after_sigkill(folder: Path) -> None:
     settings = StoreSettings(
-        host_bytes=16 << 20, file=FileTierSettings(folder=str(folder / "files"), capacity_bytes=64 << 20)
+        host_bytes=16 << 20, nvme=NvmeSettings(folders=(str(folder / "files"),), capacity_bytes=64 << 20)
     )
     arguments = {"secret": SECRET, "namespace": NAMESPACE, "runtime_dir": str(folder / "run"), "bind_host": "127.0.0.1"}
     first = ensure_node_store(settings, **arguments)
@@ -91,7 +91,7 @@ def test_store_is_started_once_and_comes_back_after_sigkill(folder: Path) -> Non
 def test_too_long_a_folder_says_so(folder: Path) -> None:
     with pytest.raises(SocketPathError, match="shorter runtime folder"):
         ensure_node_store(
-            StoreSettings(host_bytes=1 << 20, file=None),
+            StoreSettings(host_bytes=1 << 20, nvme=None),
             secret=SECRET,
             namespace=NAMESPACE,
             runtime_dir=str(folder / ("long" * 30)),
@@ -119,4 +119,4 @@ def _moved_on(before: StoreEndpoint) -> bool:
 
 def _file_chunks(client: NodeStoreClient) -> int:
     stats = client.stat(deadline_s=5.0)
-    return stats.tiers["file"].chunks if stats else 0
+    return stats.tiers["nvme"].chunks if stats else 0

@@ -55,7 +55,7 @@ def handles(tmp_path_factory):
         runtime_env={"env_vars": environment},
         _temp_dir=short.name,
     )
-    engine, store = noop_settings(), StoreSettings(host_bytes=64 << 20, file=None)
+    engine, store = noop_settings(), StoreSettings(host_bytes=64 << 20, nvme=None)
     runtime = WorkerRuntime(namespace=NAMESPACE, runtime_dir=str(folder))
     options = {"health_check_period_s": 1.0, "graceful_shutdown_timeout_s": 20.0, "max_ongoing_requests": 100}
     deployments = {

@@ -114,7 +114,7 @@ def node_store(folder, *, host_bytes=2 << 30):
     """A node store in this process; its socket and a client."""
     socket = Path(folder) / "store.sock"
     store = NodeStore(
-        StoreSettings(host_bytes=host_bytes, file=None),
+        StoreSettings(host_bytes=host_bytes, nvme=None),
         secret=SECRET,
         node_id="n0",
         socket_path=str(socket),

@@ -75,14 +75,19 @@ def test_defaults_are_a_cluster_for_a_laptop():
 
 def test_two_clusters_on_one_machine_share_no_folder():
     folders = [
-        resolve(settings(cluster={"name": name}, store={"file": {"folder": "/chunks"}}), machine(), model_path="/m")
+        resolve(
+            settings(cluster={"name": name}, store={"nvme": {"folders": ["/disk0", "/disk1"]}}),
+            machine(),
+            model_path="/m",
+        )
         for name in ("one", "two")
     ]
-    assert [resolved.store.file.folder for resolved in folders] == ["/chunks/one", "/chunks/two"]
+    found = [resolved.store.nvme.folders for resolved in folders if resolved.store.nvme]
+    assert found == [("/disk0/one", "/disk1/one"), ("/disk0/two", "/disk1/two")]
 
 
-def test_no_file_tier_stays_none():
-    assert resolve(settings(store={"file": None}), machine(), model_path="/m").store.file is None
+def test_no_disks_stay_none():
+    assert resolve(settings(store={"nvme": None}), machine(), model_path="/m").store.nvme is None
 
 
 def test_loopback_on_a_cluster_of_machines_is_refused():

@@ -4,6 +4,7 @@ import pytest
 
 from cluster.errors import SettingsError
 from cluster.settings import Settings, read_settings, settings_from_json, to_json
+from cluster.settings_base import load_settings
 
 
 @pytest.fixture(autouse=True)
@@ -77,3 +78,8 @@ def test_wrong_override(override):
 def test_settings_survive_the_way_to_another_process():
     settings = read_settings(None, ["cluster.port=8123", "log.json_lines=true"])
     assert settings_from_json(to_json(settings)) == settings
+
+
+def test_hint_sees_groups_that_may_be_null() -> None:
+    with pytest.raises(SettingsError, match=r"store\.nvme\.folder: unknown setting; did you mean 'folders'\?"):
+        load_settings(Settings, {"store": {"nvme": {"folder": "/a"}}}, source="here")

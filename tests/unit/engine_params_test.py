@@ -14,7 +14,7 @@ from kvstore.engine.params import (
     build_transfer_params,
     parse_transfer_params,
 )
-from kvstore.keys import ChunkKey
+from kvstore.keys import ChunkKey, tenant_of
 from kvstore.testing.samples import sample_key
 
 KEY = sample_key(1).hex()
@@ -57,6 +57,9 @@ def test_others_parameters_are_not_ours(raw: Any) -> None:
         ({"load": [[KEY, 0, 10]]}, "leaves the prompt of 9"),
         ({"load": [[KEY, 0, 5], [KEY, 4, 9]]}, "overlaps"),
         ({"save": [[KEY, 4, 9], [KEY, 0, 4]]}, "overlaps"),
+        ({"tenant": "customer 7"}, "tenant"),
+        ({"tenant": "0" * 17}, "tenant"),
+        ({"tenant": 5}, "tenant"),
         ({"load_deadline_s": -1}, "load_deadline_s"),
         ({"load_deadline_s": float("nan")}, "load_deadline_s"),
         ({"load_deadline_s": True}, "load_deadline_s"),
@@ -67,6 +70,17 @@ def test_refusals(change: dict[str, Any], message: str) -> None:
     assert parse_transfer_params({"learnonce": GOOD}, num_prompt_tokens=9) is not None
     with pytest.raises(TransferParamsError, match=message):
         parse_transfer_params({"learnonce": GOOD | change}, num_prompt_tokens=9)
+
+
+def test_a_salt_travels_as_its_tenant_only() -> None:
+    raw = build_transfer_params(load_deadline_s=1.0, cache_salt="a secret salt")
+    assert "salt" not in str(raw)
+    params = parse_transfer_params(raw, num_prompt_tokens=9)
+    assert params is not None
+    assert (params.tenant, len(params.tenant)) == (tenant_of("a secret salt"), 16)
+    without = parse_transfer_params(build_transfer_params(load_deadline_s=1.0), num_prompt_tokens=9)
+    assert without is not None
+    assert without.tenant == ""
 
 
 _JSON = st.recursive(

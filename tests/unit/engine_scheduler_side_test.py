@@ -11,6 +11,7 @@ from kvstore.engine.ops import LoadOp, SaveOp
 from kvstore.engine.params import ChunkSpan, build_transfer_params
 from kvstore.engine.scheduler_side import ScheduledRequest, SchedulerSide
 from kvstore.engine.tally import Tally
+from kvstore.keys import tenant_of
 from kvstore.testing.samples import sample_key
 
 BLOCK = 16
@@ -41,10 +42,10 @@ def spans(*edges: int) -> list[ChunkSpan]:
 
 
 def make(
-    prompt: int, *, load: Sequence[ChunkSpan] = (), save: Sequence[ChunkSpan] = ()
+    prompt: int, *, load: Sequence[ChunkSpan] = (), save: Sequence[ChunkSpan] = (), cache_salt: str = ""
 ) -> tuple[SchedulerSide, Request]:
     side = SchedulerSide(block_size=BLOCK, tally=Tally())
-    request = Request(prompt, build_transfer_params(load=load, save=save, load_deadline_s=2.0))
+    request = Request(prompt, build_transfer_params(load=load, save=save, load_deadline_s=2.0, cache_salt=cache_salt))
     side.add_request(request)
     return side, request
 
@@ -133,6 +134,11 @@ def test_saves_are_due_once_when_their_last_token_is_computed() -> None:
     seen = [[(op.span.start, op.block_ids) for op in step(side, computed, 20)[1]] for computed in (0, 20, 40, 60)]
     assert seen == [[(0, (100,))], [(10, (100, 101, 102))], [], [(40, (102, 103, 104))]]
     assert step(side, 0, 80)[1] == (), "saved again after a preemption"
+
+
+def test_saves_carry_the_requests_tenant() -> None:
+    side, _ = make(80, save=spans(0, 10), cache_salt="a salt")
+    assert [op.tenant for op in step(side, 0, 80)[1]] == [tenant_of("a salt")]
 
 
 def test_prefix_hit_is_saved_in_the_first_step() -> None:

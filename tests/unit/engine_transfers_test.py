@@ -285,7 +285,7 @@ def test_drop_of_a_staged_load_returns_its_leases(rig: Rig) -> None:
 
 def save_op(span: ChunkSpan) -> SaveOp:
     first, last = span.start // BLOCK, -(-span.stop // BLOCK)
-    return SaveOp(request_id="r", span=span, block_ids=BLOCK_IDS[first:last])
+    return SaveOp(request_id="r", span=span, block_ids=BLOCK_IDS[first:last], tenant="0123456789abcdef")
 
 
 def fill(rig: Rig) -> None:
@@ -293,6 +293,7 @@ def fill(rig: Rig) -> None:
 
 
 def test_saved_chunks_are_what_was_in_the_blocks(rig: Rig) -> None:
+    began_s = time.time()
     fill(rig)
     saver = rig.saver()
     for span in SPANS:
@@ -302,6 +303,8 @@ def test_saved_chunks_are_what_was_in_the_blocks(rig: Rig) -> None:
     for span, lease in zip(SPANS, rig.client.read([s.key for s in SPANS], deadline_s=1.0), strict=True):
         with lease:
             assert (lease.meta.base_position, lease.meta.num_tokens) == (span.start, 10)
+            assert lease.meta.tenant == "0123456789abcdef"
+            assert began_s <= lease.meta.learned_unix_s <= time.time()
             kv = codec_by_name("raw").decode(lease.payload, meta=lease.meta)
             assert torch.equal(kv, KV[:, :, span.start : span.stop])
     assert (rig.count("saves.stored"), rig.count("saved_tokens")) == (3, 30)

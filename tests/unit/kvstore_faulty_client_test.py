@@ -45,6 +45,27 @@ def test_slow_key_is_late_when_the_deadline_is_shorter() -> None:
     assert time.monotonic() - start_s >= 0.15
 
 
+@pytest.mark.parametrize("fault", [Fault.MISS, Fault.LOST, Fault.SLOW, Fault.REFUSED])
+def test_copies_and_streams_fail_as_said(fault: Fault) -> None:
+    inner = MemoryStoreClient()
+    payload = write_chunk(inner, 1, 10)
+    client = FaultyStoreClient(inner, named={KEY: fault}, delay_s=10.0)
+    is_sound = fault is Fault.REFUSED
+    out = bytearray(10)
+    assert (client.read_into(KEY, memoryview(out), deadline_s=0.05) is not None) is is_sound
+    assert (out == payload) is is_sound
+    stream = client.stream(KEY, deadline_s=1.0)
+    assert (stream is None) is (fault is Fault.MISS)
+    if stream is not None:
+        with stream:
+            assert stream.finish(deadline_s=1.0) is is_sound
+            assert stream.wait_bytes(10, deadline_s=1.0) == (10 if is_sound else 5)
+    assert client.pin([KEY], seconds=1.0, deadline_s=1.0) == [fault is not Fault.MISS]
+    client.unpin([KEY], deadline_s=1.0)
+    client.close()
+    assert inner.store.leftovers() == []
+
+
 def test_share_of_keys_is_chosen_by_seed_and_not_by_process() -> None:
     client = FaultyStoreClient(MemoryStoreClient(), ratios={Fault.MISS: 0.25}, seed=7)
     chosen = [i for i in range(1000) if client.has_fault(Fault.MISS, sample_key(i))]
