@@ -28,6 +28,8 @@ ENVIRONMENT: Final = {
     "LEARNONCE_API_KEY": "The key that `learnonce ask`, `explain`, `demo` and `bench` send.",
     "LEARNONCE_CLUSTER_SECRET": "Secret that plans and store connections are signed with, in hex. Made by `learnonce "
     "up` and passed to every process of the cluster.",
+    "LEARNONCE_STORE_KEY": "Key of records at rest, 32 bytes in hex (`openssl rand -hex 32`), the same on all nodes; "
+    "needed with `store.encrypt_at_rest`. `new,old` rotates.",
     "LEARNONCE_CLUSTER_ID": "Random name of one local cluster's life. Every process of it carries it, which is how "
     "`learnonce down` finds exactly its own. Set by `learnonce up`.",
 }
@@ -126,14 +128,24 @@ def _groups(schema: Schema, prefix: str = "", node: Schema | None = None) -> Ite
 
 def _rows(schema: Schema, prefix: str, group: Schema) -> Iterator[tuple[str, ...]]:
     for name, field in group["properties"].items():
-        if _group_of(schema, field) is None:
-            default = _literal(field["default"]) if "default" in field else "required"
+        # A group that may be null is a row in its parent too: that is where it is switched off.
+        if _group_of(schema, field) is None or "anyOf" in field:
+            default = _default(field)
             yield f"`{prefix}.{name}`", _type(schema, field), default, _one_line(field.get("description", ""))
 
 
+def _default(field: Schema) -> str:
+    if isinstance(field.get("default"), dict) and "anyOf" in field:
+        return "on"
+    if "default" in field:
+        return _literal(field["default"])
+    return "`{}`" if field.get("type") == "object" else "required"
+
+
 def _group_of(schema: Schema, field: Schema) -> Schema | None:
-    """The nested group behind a field, or None for a plain value."""
-    target = _resolve(schema, field)
+    """The nested group behind a field, be it one that may be null, or None for a plain value."""
+    choices = [choice for choice in field.get("anyOf", ()) if not _is_null(choice)]
+    target = _resolve(schema, choices[0] if len(choices) == 1 else field)
     return target if "properties" in target else None
 
 
@@ -144,6 +156,10 @@ def _resolve(schema: Schema, field: Schema) -> Schema:
     if len(field.get("allOf", ())) == 1:
         return _resolve(schema, field["allOf"][0])
     return field
+
+
+def _is_null(field: Schema) -> bool:
+    return field.get("type") == "null"
 
 
 def _type(schema: Schema, field: Schema) -> str:
