@@ -1,6 +1,7 @@
 """`learnonce store` against a real store process: what it prints, writes, and exits with."""
 
 import os
+import re
 import secrets
 
 import pyarrow.parquet as pq
@@ -93,7 +94,8 @@ def test_gc_removes_what_crashes_left(running):
     os.utime(leftover, (1, 1))
     result = run(process, "gc")
     assert result.exit_code == 0, result.output
-    assert "1 left by crashes" in result.output
+    # The scan that follows a start may have found it first.
+    assert re.search(r"[01] left by crashes", result.output)
     assert not leftover.exists()
 
 
