@@ -15,14 +15,10 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def compiled(signature: Any) -> Callable[[F], F]:
-    """Compile a function for arguments of these numba types; its annotations are for readers.
+    """Compile a function for arguments of these numba types; its own annotations are for readers.
 
-    Example:
-        >>> @compiled("int64(int64, int64)")
-        ... def add(one: int, other: int) -> int:
-        ...     return one + other
-        >>> add(1, 2)
-        3
+    Args:
+        signature: As numba takes it, such as `"int64(int64, int64)"`.
     """
     decorated: Callable[[F], F] = numba.njit(signature, nogil=True, cache=True)
     return decorated
