@@ -3,11 +3,15 @@
 Covers: what a person types and sees. Does not cover: the work behind it (`cluster.local`, `cluster.lifecycle`,
 `cluster.demo`, and command groups that other packages add through the entry point group `learnonce.commands`).
 
-Exit status: 0 done, 1 a bug of ours, 2 fix what you asked for, 3 not possible now, 130 interrupted.
+Exit status: 0 done, 1 a bug of ours, 2 fix what you asked for, 3 not possible now, 130 interrupted (Ctrl-C, SIGTERM,
+or the terminal has gone).
 """
 
 import json
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -20,6 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster import client, local
+from cluster.calibrate_cli import calibrate
 from cluster.errors import CallerError, LearnonceError, UnavailableError
 from cluster.settings import Settings, read_settings, to_json
 from cluster.store_cli import store
@@ -39,6 +44,7 @@ app = typer.Typer(
 config = typer.Typer(help="Show the settings, or their schema.", no_args_is_help=True)
 app.add_typer(config, name="config")
 app.add_typer(store, name="store")
+app.command()(calibrate)
 for _entry in entry_points(group="learnonce.commands"):
     app.add_typer(_entry.load(), name=_entry.name)
 
@@ -62,8 +68,10 @@ DocumentOption = Annotated[
 def up(config_file: ConfigOption = None, overrides: SetOption = None) -> None:
     """Start a cluster and leave it running."""
     settings = read_settings(config_file, overrides or ())
-    url = start_cluster(settings)
-    out.print(usage_examples(url))
+    with _undone_unless_it_ends(settings):
+        url = start_cluster(settings)
+        examples = usage_examples(url)
+    out.print(examples)
 
 
 @app.command()
@@ -176,14 +184,16 @@ def start_cluster(settings: Settings) -> str:
     """Start a cluster with a progress display; the API's URL (without /v1).
 
     Raises:
-        CallerError: Port taken, too little memory, model missing, already running.
+        CallerError: Port taken, too little memory, model missing, already running, a store that would not start.
         StartFailedError: It did not become ready.
     """
     from cluster.model import provide_model
     from cluster.resolve import facts, resolve
+    from kvstore.preflight import check_before_start
 
     folder = _folder(settings)
     url = api_url(settings)
+    check_before_start(settings.store, is_here=settings.cluster.address == "local")
     with err.status(f"providing the model {settings.engine.model}"):
         model = provide_model(settings.engine.model)
     resolved = resolve(settings, facts(), model_path=model)
@@ -196,13 +206,24 @@ def start_cluster(settings: Settings) -> str:
     running = folder.read()
     if running is None or not local.is_alive(running):
         local.require_port(settings.cluster.host, settings.cluster.port)
-    local.spawn_supervisor(folder, to_json(resolved), name=settings.cluster.name, url=url)
-    try:
+    with _undone_unless_it_ends(settings):
+        local.spawn_supervisor(folder, to_json(resolved), name=settings.cluster.name, url=url)
         _show_start(folder, settings.cluster.start_deadline_s)
-    except BaseException:
-        local.stop(folder, deadline_s=settings.cluster.drain_s)
-        raise
     return url
+
+
+@contextmanager
+def _undone_unless_it_ends(settings: Settings) -> Iterator[None]:
+    """Stop the cluster that a `with` block has started when the block fails or is interrupted; no other one."""
+    folder = _folder(settings)
+    before = folder.read()
+    try:
+        yield
+    except BaseException:
+        started = folder.read()
+        if started is not None and started.supervisor_pid and (not before or before.cluster_id != started.cluster_id):
+            local.stop(folder, deadline_s=settings.cluster.drain_s)
+        raise
 
 
 def stop_cluster(settings: Settings) -> None:
@@ -366,12 +387,21 @@ def _api(settings: Settings, url: str | None) -> str:
     return (url or api_url(settings)).rstrip("/").removesuffix("/v1")
 
 
+def _interrupt(*_: object) -> None:
+    """Signal handler: end as with Ctrl-C, so that a start in its middle is undone."""
+    raise KeyboardInterrupt
+
+
 def _folder(settings: Settings) -> local.StateFolder:
     return local.StateFolder(Path(settings.cluster.state_dir), settings.cluster.name)
 
 
 def main() -> None:
     """Run the command; errors become one message and an exit status."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        # Whoever ignores a signal (`nohup`) goes on ignoring it.
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, _interrupt)
     try:
         app()
     except CallerError as error:

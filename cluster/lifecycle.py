@@ -114,11 +114,14 @@ class Supervisor:
         try:
             with self._progress.step(_STEP_RAY):
                 self._start_ray()
-            with self._progress.step(_STEP_HTTP):
-                start_http(self._settings)
-            self._deploy()
-            with self._progress.step(_STEP_READY):
-                self._await_ready()
+            # Told to stop meanwhile: what has not begun does not begin.
+            if not self._stop.is_set():
+                with self._progress.step(_STEP_HTTP):
+                    start_http(self._settings)
+            if not self._stop.is_set():
+                self._deploy()
+                with self._progress.step(_STEP_READY):
+                    self._await_ready()
             if not self._stop.is_set():
                 self._progress.phase(Phase.READY)
                 log.info("cluster ready seconds=%.1f", self._progress.state.ready_after_s or 0.0)

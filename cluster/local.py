@@ -33,6 +33,8 @@ CLUSTER_ID_VARIABLE: Final = "LEARNONCE_CLUSTER_ID"
 _POLL_S: Final = 0.1
 _KILL_AFTER_S: Final = 5.0
 """Seconds between asking a left-over process to end and ending it."""
+_MAX_SWEEPS: Final = 8
+"""Looks for processes that came while others were being ended."""
 
 
 class PortTakenError(CallerError):
@@ -200,8 +202,15 @@ def spawn_supervisor(folder: StateFolder, settings_json: str, *, name: str, url:
             env=environment,
             start_new_session=True,
         )
-    state.supervisor_pid = process.pid
-    folder.write(state)
+    try:
+        state.supervisor_pid = process.pid
+        folder.write(state)
+    except BaseException:
+        # Interrupted, or the disk is full: nobody else knows of it.
+        process.kill()
+        process.wait()
+        shutil.rmtree(runtime_dir, ignore_errors=True)
+        raise
     return state
 
 
@@ -275,18 +284,26 @@ def stop(folder: StateFolder, *, deadline_s: float) -> bool:
 
 
 def sweep(cluster_id: str) -> int:
-    """End every process that carries the cluster's id (not this one): SIGTERM, then SIGKILL. How many there were."""
+    """End every process that carries the cluster's id (not this one): SIGTERM, then SIGKILL. How many there were.
+
+    Also those that they start meanwhile: a supervisor or a raylet in the middle of its start goes on until it ends.
+    """
     own = os.getpid()
-    left = [process for process in processes_of(cluster_id) if process.pid != own]
-    for process in left:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.terminate()
-    _, stubborn = psutil.wait_procs(left, timeout=_KILL_AFTER_S)
-    for process in stubborn:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    psutil.wait_procs(stubborn, timeout=_KILL_AFTER_S)
-    return len(left)
+    ended: set[int] = set()
+    for _ in range(_MAX_SWEEPS):
+        left = [process for process in processes_of(cluster_id) if process.pid != own]
+        if not left:
+            break
+        ended.update(process.pid for process in left)
+        for process in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.terminate()
+        _, stubborn = psutil.wait_procs(left, timeout=_KILL_AFTER_S)
+        for process in stubborn:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(stubborn, timeout=_KILL_AFTER_S)
+    return len(ended)
 
 
 def _carries(pid: int, cluster_id: str) -> bool:

@@ -135,11 +135,14 @@ def _store(settings: Settings) -> StoreSettings:
 
     The object tier is left as it is: buckets are shared between machines on purpose, by the same `url`.
     """
-    nvme = settings.store.nvme
-    if nvme is None:
-        return settings.store
-    folders = tuple(str(Path(folder).expanduser() / settings.cluster.name) for folder in nvme.folders)
-    return settings.store.model_copy(update={"nvme": nvme.model_copy(update={"folders": folders})})
+    store = settings.store
+    if store.nvme is not None:
+        folders = tuple(str(Path(folder).expanduser() / settings.cluster.name) for folder in store.nvme.folders)
+        store = store.model_copy(update={"nvme": store.nvme.model_copy(update={"folders": folders})})
+    if store.tls is not None and settings.cluster.address == "local":
+        # The store's process runs in another folder than this one.
+        store = store.model_copy(update={"tls": store.tls.absolute()})
+    return store
 
 
 def _require_memory(settings: Settings, machine: Facts) -> None:

@@ -8,10 +8,10 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, Self
 
 import yaml
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from cluster.errors import SettingsError
 from cluster.settings_base import SettingsBase, load_settings
@@ -76,6 +76,13 @@ class Settings(SettingsBase):
     """The ingress and its placement rule."""
     log: LogSettings = LogSettings()
     """Logs."""
+
+    @model_validator(mode="after")
+    def _check_ports(self) -> Self:
+        for name, port in self.store.ports().items():
+            if port == self.cluster.port:
+                raise ValueError(f"store.{name} and cluster.port are both {port}: each needs a port of its own")
+        return self
 
 
 def read_settings(path: str | None = None, overrides: Sequence[str] = ()) -> Settings:

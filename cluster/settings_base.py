@@ -7,7 +7,7 @@ Does not cover: which settings exist (each room's `settings.py`) or where they c
 import json
 from collections.abc import Mapping
 from difflib import get_close_matches
-from typing import Any, TypeVar, get_args
+from typing import Any, ClassVar, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -18,6 +18,9 @@ class SettingsBase(BaseModel):
     """Settings are checked, never changed: derived values come from a pure `resolve` function."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+    RENAMED: ClassVar[dict[str, str]] = {}
+    """Names that settings of this group once had, and what to use instead."""
 
 
 S = TypeVar("S", bound=SettingsBase)
@@ -49,16 +52,23 @@ def _dotted(location: tuple[int | str, ...]) -> str:
 
 
 def _explain(cls: type[SettingsBase], item: Any) -> str:
+    if item["type"] == "value_error":
+        # One of our own checks: its words say what was given, unless that could be a secret.
+        return str(item["ctx"]["error"])
     if item["type"] != "extra_forbidden":
         return f"{item['msg']} (given: {item['input']!r})"
     *parents, name = item["loc"]
-    known = list(_fields_at(cls, parents))
+    group = _group_at(cls, parents)
+    renamed = getattr(group, "RENAMED", {}).get(name)
+    if renamed:
+        return f"renamed: use {renamed}"
+    known = list(group.model_fields) if group else []
     near = get_close_matches(str(name), known, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(sorted(known))}"
     return f"unknown setting; {hint}"
 
 
-def _fields_at(cls: type[BaseModel], path: list[int | str]) -> list[str]:
+def _group_at(cls: type[BaseModel], path: list[int | str]) -> type[BaseModel] | None:
     for part in path:
         field = cls.model_fields.get(str(part))
         annotation = field.annotation if field else None
@@ -66,6 +76,6 @@ def _fields_at(cls: type[BaseModel], path: list[int | str]) -> list[str]:
         groups = [kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type)]
         group = next((kind for kind in groups if issubclass(kind, BaseModel)), None)
         if group is None:
-            return []
+            return None
         cls = group
-    return list(cls.model_fields)
+    return cls

@@ -21,6 +21,8 @@ from cluster import local
 from cluster.errors import CallerError, UnavailableError
 from cluster.settings import read_settings
 from kvstore.client import NodeStoreClient
+from kvstore.handshake import StoreRefusedError
+from kvstore.keys import tenant_of
 from kvstore.wire import SECRET_VARIABLE, cluster_secret
 
 store = typer.Typer(help="What the node stores of this machine hold, and how sound it is.", no_args_is_help=True)
@@ -118,6 +120,21 @@ def gc(socket: SocketOption = None, config_file: ConfigOption = None, overrides:
         )
 
 
+@store.command()
+def tenant(
+    salt: Annotated[
+        str | None, typer.Argument(help="The `cache_salt` of its requests; better asked for, as it may be a secret")
+    ] = None,
+) -> None:
+    """Print the tenant of a `cache_salt`: the name for store.quota_bytes_by_tenant, and in what `ls` shows."""
+    if salt is None and sys.stdin.isatty():
+        salt = typer.prompt("cache_salt", hide_input=True)
+    name = tenant_of(sys.stdin.readline().rstrip("\r\n") if salt is None else salt)
+    if not name:
+        raise CallerError("requests without a salt belong to no tenant, whose name is empty")
+    out.print(name)
+
+
 def _cells(row: dict[str, Any]) -> list[str]:
     learned = row["learned"]
     age_s = (datetime.now(UTC) - learned).total_seconds() if learned else None
@@ -162,11 +179,20 @@ def _ask_all(
         for name, client in clients:
             answer = question(client)
             if answer is None:
-                raise UnavailableError(
-                    f"the node store {name} does not answer: is it running, and is the secret its own?"
-                )
+                raise UnavailableError(_why_silent(name, client))
             answers[name] = answer
     return answers
+
+
+def _why_silent(name: str, client: NodeStoreClient) -> str:
+    if isinstance(client.away, StoreRefusedError):
+        return (
+            f"the node store {name} refuses this command: {client.away}. Is the secret that of its cluster? It is in "
+            f"`secret` in the state folder of `learnonce up`; with --socket it comes from {SECRET_VARIABLE}"
+        )
+    if client.away is not None:
+        return f"the node store {name} cannot be reached: {client.away}. `learnonce status` tells what runs here"
+    return f"the node store {name} runs, but does not answer in time: it is frozen, or busy. Try again"
 
 
 @contextmanager

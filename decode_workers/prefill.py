@@ -16,7 +16,7 @@ import msgspec
 from decode_workers.metrics import PREFILL_WAIT_SECONDS
 from decode_workers.plan import FallbackReason, PrefillOutcome
 from decode_workers.settings import DecodeSettings
-from kvstore.wire import PLAN_HEADER, REQUEST_ID_HEADER, Peer, Plan, PrefillAnswer
+from kvstore.wire import NODE_HEADER, PLAN_HEADER, REQUEST_ID_HEADER, Peer, Plan, PrefillAnswer
 
 logger = logging.getLogger(__name__)
 
@@ -25,10 +25,16 @@ _DECODER: Final = msgspec.json.Decoder(PrefillAnswer)
 
 
 class PrefillClient:
-    """Connections to the prefill replicas. Cancelling a call closes its connection, and so the replica's work."""
+    """Connections to the prefill replicas. Cancelling a call closes its connection, and so the replica's work.
 
-    def __init__(self, settings: DecodeSettings) -> None:
+    Args:
+        settings: Timeouts and bounds.
+        node_id: Where the chunks are needed; "" where nobody knows.
+    """
+
+    def __init__(self, settings: DecodeSettings, *, node_id: str = "") -> None:
         self._settings = settings
+        self._node_id = node_id
         self._session: aiohttp.ClientSession | None = None
 
     async def prefill(self, plan: Plan, header: str, *, budget_s: float) -> PrefillOutcome:
@@ -56,7 +62,7 @@ class PrefillClient:
         return replace(outcome, seconds=seconds)
 
     async def _ask(self, peer: Peer, plan: Plan, header: str) -> PrefillOutcome:
-        headers = {PLAN_HEADER: header, REQUEST_ID_HEADER: plan.request_id}
+        headers = {PLAN_HEADER: header, REQUEST_ID_HEADER: plan.request_id, NODE_HEADER: self._node_id}
         try:
             async with self._opened().post(peer.url + PREFILL_PATH, headers=headers) as response:
                 body = await response.read()

@@ -91,7 +91,7 @@ def assemble(
         resources: What the worker closes at its end; taken over.
         leave: Ends the process once the engine is dead.
     """
-    gate, prefill = Gate(), PrefillClient(settings)
+    gate, prefill = Gate(), PrefillClient(settings, node_id=place.node_id)
     resources.push_async_callback(prefill.close)
     app = PlanMiddleware(
         parts.app,

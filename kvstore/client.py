@@ -20,7 +20,7 @@ from cluster.errors import DataError
 from cluster.telemetry import short
 from kvstore import metrics
 from kvstore.breaker import Breaker
-from kvstore.connection import StoreConnection, StoreRefusedError, StoreUnreachableError
+from kvstore.connection import StoreConnection
 from kvstore.container import (
     ALIGN,
     ChunkCorruptError,
@@ -32,10 +32,12 @@ from kvstore.container import (
     verify_payload,
 )
 from kvstore.copying import copy_hashed
+from kvstore.handshake import StoreRefusedError, StoreUnreachableError
 from kvstore.interfaces import BufferUnusableError, CatalogEntry, ChunkMeta, ReadLease, StreamLease, WriteLease
 from kvstore.keys import ChunkKey
 from kvstore.leases import NodeReadLease, NodeStreamLease, NodeWriteLease
 from kvstore.protocol import (
+    MAX_TIMEOUT_S,
     Abort,
     Catalog,
     CatalogPage,
@@ -104,6 +106,8 @@ class NodeStoreClient:
         self._retired: list[StoreConnection] = []
         """Dead connections with leases that somebody still holds."""
         self._breaker = Breaker(failures=1, first_pause_s=_FIRST_PAUSE_S, max_pause_s=_MAX_PAUSE_S)
+        self.away: StoreUnreachableError | StoreRefusedError | None = None
+        """Why the last try to connect came to nothing; None: it did not."""
         self._is_closed = False
 
     def lookup(self, keys: Sequence[ChunkKey], *, deadline_s: float) -> list[bool]:
@@ -413,9 +417,11 @@ class NodeStoreClient:
             if not self._breaker.is_open:
                 log.warning("store_away outcome=%s error=%s", outcome, error)
             self._breaker.record_failure(now_s=time.monotonic())
+            self.away = error
             return None
         metrics.CLIENT_CONNECTS.labels("connected").inc()
         self._breaker.record_success()
+        self.away = None
         return connection
 
     def _retire(self) -> None:
@@ -473,4 +479,4 @@ def _parts(keys: Sequence[ChunkKey], connection: StoreConnection | None) -> list
 def _timeout_s(stop_s: float) -> float:
     """Seconds that the store may take, so that its answer is here before `stop_s`."""
     left_s = max(0.0, stop_s - time.monotonic())
-    return left_s - min(_MAX_REPLY_MARGIN_S, _REPLY_MARGIN_RATIO * left_s)
+    return min(MAX_TIMEOUT_S, left_s - min(_MAX_REPLY_MARGIN_S, _REPLY_MARGIN_RATIO * left_s))

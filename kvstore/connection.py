@@ -1,6 +1,7 @@
 """The client's side of one connection to a node store: requests in flight, the mapped arena, leases.
 
-Covers: everything that ends with the connection. Does not cover: reconnecting (`kvstore.client`).
+Covers: everything that ends with the connection. Does not cover: its first messages (`kvstore.handshake`), reconnecting
+(`kvstore.client`).
 
 A caller queues its frame, and waits for the reply until its own deadline. The first of those who wait receives, for
 all of them: a reply then wakes one thread instead of two (a tenth of a millisecond less, measured). While nobody waits,
@@ -12,7 +13,6 @@ import itertools
 import logging
 import mmap
 import os
-import secrets
 import select
 import socket
 import threading
@@ -22,32 +22,22 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Final
 
-from cluster.errors import UnavailableError
+from kvstore.handshake import StoreUnreachableError, shake_hands
 from kvstore.protocol import (
-    LENGTH_BYTES,
-    MAX_HANDSHAKE_BYTES,
-    NONCE_BYTES,
-    PROTOCOL_VERSION,
     Abort,
-    Challenge,
     FrameReader,
     Grant,
     Granted,
     NumberedReply,
     Progress,
-    Proof,
     ProtocolError,
     Release,
     Reply,
     Request,
     Reserved,
     Streaming,
-    Welcome,
-    client_mac,
-    decode_hello,
     decode_reply,
     encode,
-    store_mac,
 )
 
 log = logging.getLogger(__name__)
@@ -55,16 +45,10 @@ log = logging.getLogger(__name__)
 _MAX_UNSENT_BYTES: Final = 8 << 20
 """Frames that a store may leave unread before the client gives it up."""
 _RECEIVE_BYTES: Final = 256 << 10
+_MAX_POLL_S: Final = 3600.0
+"""`poll` refuses deadlines of weeks."""
 _PATIENCE_S: Final = 0.1
 """A store that answers later than this after it should is taken for frozen, until it answers."""
-
-
-class StoreUnreachableError(UnavailableError):
-    """No store answers on the socket."""
-
-
-class StoreRefusedError(UnavailableError):
-    """A store answers, but the two do not know the same secret, or speak another version."""
 
 
 class _Call:
@@ -127,7 +111,7 @@ class StoreConnection:
     def __init__(self, path: str, *, secret: bytes, client_name: str, stop_s: float) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            welcome, arena_fd = _shake_hands(self._socket, path, secret, client_name, stop_s)
+            welcome, arena_fd = shake_hands(self._socket, path, secret, client_name, stop_s)
         except BaseException:
             self._socket.close()
             raise
@@ -157,8 +141,8 @@ class StoreConnection:
         self._reader = FrameReader()
         self._reading = threading.Lock()
         """Held while bytes are taken from the socket and delivered; taken before `_lock`."""
-        self._is_led = False
-        """Whether a caller receives, and not the thread."""
+        self._leader: _Call | None = None
+        """The caller who receives; None: the thread does."""
         self._is_dead = False
         self._is_receiving = True
         self._is_closed = False
@@ -209,20 +193,25 @@ class StoreConnection:
         call = _Call()
         due_s = time.monotonic() + timeout_s + _PATIENCE_S
         self.end_unreferenced()
-        with self._lock:
-            if self._is_dead or not self._queue(encode(request)):
-                return None
-            self._calls[number] = call
-            leads = not self._is_led and self._is_receiving
-            if leads:
-                self._is_led = True
-                self._arm()
-        if leads:
-            self._lead(call, stop_s)
-        if not call.done.wait(max(0.0, stop_s - time.monotonic())):
-            with self._lock:
-                if self._calls.pop(number, None) is not None and not self._is_dead:
-                    self._abandoned[number] = due_s
+        # Ctrl-C may come anywhere: then nobody waits for the reply, and somebody else must receive.
+        try:
+            try:
+                with self._lock:
+                    if self._is_dead or not self._queue(encode(request)):
+                        return None
+                    self._calls[number] = call
+                    if self._leader is None and self._is_receiving:
+                        self._leader = call
+                        self._arm()
+                if self._leader is call:
+                    self._lead(call, stop_s)
+            finally:
+                if self._leader is call:
+                    self._hand_over()
+            call.done.wait(max(0.0, stop_s - time.monotonic()))
+        finally:
+            if not call.done.is_set():
+                self._give_up(number, due_s)
         return call.reply
 
     def post(self, message: Request) -> None:
@@ -301,34 +290,43 @@ class StoreConnection:
             # The receiving thread will see it too, and ends the connection.
             self._unsent.clear()
 
+    def _give_up(self, number: int, due_s: float) -> None:
+        """Nobody waits for a reply any more: when it comes, what it grants is given back."""
+        with self._lock:
+            if self._calls.pop(number, None) is not None and not self._is_dead:
+                self._abandoned[number] = due_s
+
     def _arm(self) -> None:
         """What the thread waits for on the socket; under the lock."""
         if self._is_receiving:
-            reads = 0 if self._is_led else select.EPOLLIN
+            reads = select.EPOLLIN if self._leader is None else 0
             self._events.modify(self._socket, reads | (select.EPOLLOUT if self._unsent else 0))
 
     def _lead(self, call: _Call, stop_s: float) -> None:
-        """Receive until the caller's own reply is there, or its time is over; then the thread goes on."""
-        # The thread may have been about to receive: once this lock was free, it leaves that to this caller.
-        with self._reading:
-            pass
+        """Receive until the caller's own reply is there, or its time is over."""
         try:
+            # The thread may have been about to receive: once this lock was free, it leaves that to this caller.
+            with self._reading:
+                pass
             while not self._is_dead and not call.done.is_set():
                 left_s = stop_s - time.monotonic()
                 if left_s <= 0:
                     break
-                ready = self._leader_events.poll(left_s)
-                if any(fd != self._wake_fd for fd, _ in ready) and not self._receive(leads=True):
+                ready = self._leader_events.poll(min(left_s, _MAX_POLL_S))
+                if any(fd != self._wake_fd for fd, _ in ready) and not self._receive(call):
                     break
         except (OSError, ProtocolError) as error:
             log.warning("store_connection_failed epoch=%s error=%s", self.epoch, error)
-            with suppress(OSError):  # the thread sees the end of the stream
-                self._socket.shutdown(socket.SHUT_RDWR)
-        finally:
-            with self._lock:
-                self._is_led = False
-                self._arm()
-                self._close_if_over()
+            # Nobody reads on from the middle of a frame. The thread ends the calls; leases need the socket still.
+            self._is_dead = True
+            os.eventfd_write(self._wake_fd, 1)
+
+    def _hand_over(self) -> None:
+        """The caller who received does so no more: the thread goes on."""
+        with self._lock:
+            self._leader = None
+            self._arm()
+            self._close_if_over()
 
     def _serve(self) -> None:
         """The connection's thread: send what is left, receive when no caller does, until either side closes."""
@@ -342,7 +340,7 @@ class StoreConnection:
                         with self._lock:
                             self._send_unsent()
                             self._arm()
-                    if flags & ~select.EPOLLOUT and not self._receive(leads=False):
+                    if flags & ~select.EPOLLOUT and not self._receive(None):
                         return
         except (OSError, ProtocolError) as error:
             log.warning("store_connection_failed epoch=%s error=%s", self.epoch, error)
@@ -356,10 +354,12 @@ class StoreConnection:
                 os.eventfd_read(self._wake_fd)
                 self._arm()
 
-    def _receive(self, *, leads: bool) -> bool:
-        """Handle what has arrived, if it is still the one to do so; False at the end of the stream."""
+    def _receive(self, reader: _Call | None) -> bool:
+        """Handle what has arrived, if `reader` is still the one to do so; False at the end of the stream."""
         with self._reading:
-            if leads != self._is_led:
+            if self._is_dead:
+                return False
+            if self._leader is not reader:
                 return True
             try:
                 data = self._socket.recv(_RECEIVE_BYTES, socket.MSG_DONTWAIT)
@@ -400,6 +400,8 @@ class StoreConnection:
             self._calls.clear()
             self._abandoned.clear()
             arrivals = list(self._arrivals.values())
+            # For a caller who began to receive just now: there is nothing to receive any more.
+            os.eventfd_write(self._wake_fd, 1)
             self._close_if_over()
         for call in calls:
             call.done.set()
@@ -411,7 +413,7 @@ class StoreConnection:
 
         It stays open while leases live: a store that expelled this client keeps their memory until then.
         """
-        if self._is_closed or self._is_receiving or self._is_led or self._leases:
+        if self._is_closed or self._is_receiving or self._leader is not None or self._leases:
             return
         self._is_closed = True
         self._events.close()
@@ -436,56 +438,3 @@ def _grants(reply: NumberedReply) -> Sequence[Grant]:
     if isinstance(reply, Reserved | Streaming) and reply.grant is not None:
         return [reply.grant]
     return []
-
-
-def _shake_hands(sock: socket.socket, path: str, secret: bytes, client_name: str, stop_s: float) -> tuple[Welcome, int]:
-    """Prove the secret to each other; the store's welcome and the arena's descriptor (the caller closes it)."""
-    fds: list[int] = []
-    try:
-        _set_timeout(sock, stop_s)
-        sock.connect(path)
-        challenge = decode_hello(_receive_hello(sock, stop_s, fds))
-        if not isinstance(challenge, Challenge) or challenge.version != PROTOCOL_VERSION:
-            raise StoreRefusedError(f"the store does not speak version {PROTOCOL_VERSION}")
-        nonce = secrets.token_bytes(NONCE_BYTES)
-        mac = client_mac(secret, challenge=challenge.nonce, nonce=nonce, client_name=client_name)
-        sock.sendall(encode(Proof(client_name, nonce, mac)))
-        welcome = decode_hello(_receive_hello(sock, stop_s, fds))
-        if not isinstance(welcome, Welcome) or len(fds) != 1:
-            raise StoreRefusedError("the store did not welcome this client")
-        expected = store_mac(secret, challenge=challenge.nonce, nonce=nonce, epoch=welcome.epoch)
-        if not secrets.compare_digest(expected, welcome.mac):
-            raise StoreRefusedError("the store does not know the cluster's secret")
-        return welcome, fds.pop()
-    except ProtocolError as error:
-        raise StoreRefusedError(f"handshake failed: {error}") from error
-    except OSError as error:
-        raise StoreUnreachableError(f"no store at {path}: {error}") from error
-    finally:
-        for fd in fds:
-            os.close(fd)
-
-
-def _receive_hello(sock: socket.socket, stop_s: float, fds: list[int]) -> bytes:
-    data = b""
-    wanted = LENGTH_BYTES
-    while len(data) < wanted:
-        _set_timeout(sock, stop_s)
-        part, new_fds, _, _ = socket.recv_fds(sock, wanted - len(data), 2, socket.MSG_CMSG_CLOEXEC)
-        fds += new_fds
-        if not part:
-            raise ProtocolError("the store closed the connection")
-        data += part
-        if len(data) == LENGTH_BYTES:
-            length = int.from_bytes(data, "little")
-            if length > MAX_HANDSHAKE_BYTES:
-                raise ProtocolError(f"handshake message of {length} bytes")
-            wanted += length
-    return data[LENGTH_BYTES:]
-
-
-def _set_timeout(sock: socket.socket, stop_s: float) -> None:
-    left_s = stop_s - time.monotonic()
-    if left_s <= 0:
-        raise TimeoutError("deadline passed during the handshake")
-    sock.settimeout(left_s)

@@ -344,11 +344,6 @@ class Desk:
         return key in self._waiting
 
     @property
-    def num_waiting_keys(self) -> int:
-        """Keys that some request waits for."""
-        return len(self._waiting)
-
-    @property
     def num_reads(self) -> int:
         """Read leases of all sessions."""
         return sum(len(s.reads) for s in self.sessions)

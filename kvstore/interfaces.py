@@ -40,6 +40,8 @@ class ChunkMeta(msgspec.Struct, frozen=True, kw_only=True):
     """Whose bytes these are, for quotas and for keys at rest; "" where requests carry no `cache_salt`."""
     learned_unix_s: float = 0.0
     """When it was computed; 0 where nobody said."""
+    profile: str = ""
+    """Id of the profile (`kvstore.codecs.profile`) that the payload cannot be decoded without; "" where none is."""
 
     @property
     def shape(self) -> tuple[int, int, int, int, int]:

@@ -174,8 +174,8 @@ PEER_CHUNKS: Final = gauge(
 )
 PEER_READS: Final = counter(
     "learnonce_kvstore_peer_reads_total",
-    "Chunks asked of another node, by data path and outcome (hit, miss, busy, gone, refused, corrupt).",
-    when_it_moves="gone, refused, corrupt: look at that node and at the network; busy: raise peers.max_transfers; "
+    "Chunks asked of another node, by data path and outcome (hit, miss, gone, refused, corrupt).",
+    when_it_moves="gone, refused, corrupt: look at that node and at the network; "
     "miss: it evicted the chunk since it announced it.",
     labels=("transport", "outcome"),
 )

@@ -155,11 +155,6 @@ class PeerServer:
         """Where leases are."""
         return self._desk()
 
-    @property
-    def num_loans(self) -> int:
-        """Chunks that peers hold or are about to get."""
-        return sum(connection.num_loans for connection in self._connections)
-
     async def stop(self) -> None:
         """End every session, every offer revoked."""
         for task in (self._accepting, *self._opening):
@@ -251,11 +246,6 @@ class PeerConnection(asyncio.Protocol):
         self._lost: asyncio.Future[None] = self._loop.create_future()
         self._heard_s = self._loop.time()
         self._timer = self._loop.call_later(server.settings.handshake_s, self._check_proof)
-
-    @property
-    def num_loans(self) -> int:
-        """Chunks that the peer holds or is about to get."""
-        return len(self._loans) + len(self._tasks)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """A stranger has come."""

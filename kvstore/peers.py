@@ -67,7 +67,6 @@ class Peers:
         self._store_loop = asyncio.get_running_loop()
         self._directory = PeerDirectory(max_keys=settings.max_known_chunks)
         self._turns = itertools.count()
-        self._slots = threading.BoundedSemaphore(settings.max_transfers)
         self._nodes: Mapping[str, PeerNode] = {}
         """Replaced as a whole, so that any thread may look."""
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -108,24 +107,18 @@ class Peers:
         self, key: ChunkKey, view: memoryview, *, stop_s: float, on_bytes: OnBytes | None = None
     ) -> Header | None:
         """Copy a record from the best holder, or from the next one if that fails."""
-        if not self._slots.acquire(timeout=max(0.0, stop_s - time.monotonic())):
-            metrics.PEER_READS.labels("none", "busy").inc()
-            return None
-        try:
-            progress = _Progress(on_bytes)
-            holders = self._holders(key, len(view))[:_MAX_HOLDERS]
-            for number, node in enumerate(holders):
-                # A holder that does not even answer leaves time for the others.
-                answer_s = (stop_s - time.monotonic()) / (len(holders) - number)
-                header = node.pull(key, view, stop_s=stop_s, answer_s=answer_s, on_bytes=progress.note)
-                if header is not None:
-                    return header
-                if progress.was_told or time.monotonic() >= stop_s:
-                    # Another holder's record may have other bytes than those that somebody already uses.
-                    return None
-            return None
-        finally:
-            self._slots.release()
+        progress = _Progress(on_bytes)
+        holders = self._holders(key, len(view))[:_MAX_HOLDERS]
+        for number, node in enumerate(holders):
+            # A holder that does not even answer leaves time for the others.
+            answer_s = (stop_s - time.monotonic()) / (len(holders) - number)
+            header = node.pull(key, view, stop_s=stop_s, answer_s=answer_s, on_bytes=progress.note)
+            if header is not None:
+                return header
+            if progress.was_told or time.monotonic() >= stop_s:
+                # Another holder's record may have other bytes than those that somebody already uses.
+                return None
+        return None
 
     # The other nodes.
 
@@ -146,11 +139,6 @@ class Peers:
     def news_s(self) -> float:
         """Seconds for which it is worth to wait for news of a chunk; 0 while no peer could bring any."""
         return self._settings.news_s if any(node.is_connected for node in self._nodes.values()) else 0.0
-
-    @property
-    def num_loans(self) -> int:
-        """Chunks of ours that peers hold or are about to get."""
-        return self._server.num_loans
 
     def redeem(self, handle: bytes) -> Place | None:
         """Where a record lies that a store of this machine was offered."""

@@ -31,9 +31,11 @@ MAX_FRAME_BYTES: Final = 1 << 20
 MAX_HANDSHAKE_BYTES: Final = 1 << 10
 NONCE_BYTES: Final = 16
 LENGTH_BYTES: Final = 4
+MAX_TIMEOUT_S: Final = 86_400.0
+"""Longest time for which a store keeps a request waiting."""
 
 KeyBytes = Annotated[bytes, msgspec.Meta(min_length=KEY_BYTES, max_length=KEY_BYTES)]
-Seconds = Annotated[float, msgspec.Meta(ge=0, le=86_400)]
+Seconds = Annotated[float, msgspec.Meta(ge=0, le=MAX_TIMEOUT_S)]
 Nonce = Annotated[bytes, msgspec.Meta(min_length=NONCE_BYTES, max_length=NONCE_BYTES)]
 
 

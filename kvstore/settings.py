@@ -3,23 +3,42 @@
 Covers: sizes, bounds and times of the node store process. Does not cover: where it runs (`cluster.settings`).
 """
 
-from typing import Final, Literal
+import os
+from collections import Counter
+from typing import Annotated, ClassVar, Final, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import BeforeValidator, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
+from cluster.errors import SettingsError
 from cluster.settings_base import SettingsBase
+from kvstore.object_url import split_object_url
 
 STORE_KEY_VARIABLE: Final = "LEARNONCE_STORE_KEY"
 """Environment variable of the key that records are encrypted with at rest: 32 bytes in hex. Several may be given,
 separated by commas, while one replaces another: the first one seals, all of them open."""
 
+MIN_HOST_BYTES: Final = 1 << 20
+"""Smallest arena: sixteen chunks of one page."""
+MIN_STAGING_BYTES: Final = 8 << 20
+"""Smallest memory of a NIXL sidecar: three pieces that land, and as much that is offered."""
+
 PolicyName = Literal["cost", "lru", "s3fifo", "arc"]
+
+
+def _as_text(value: object) -> object:
+    """`true` and `5` as YAML reads them, where a client wants text."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value) if isinstance(value, int) else value
+
+
+OptionText = Annotated[str, BeforeValidator(_as_text, json_schema_input_type=str | bool | int)]
 
 
 class NvmeSettings(SettingsBase):
     """Records as files on local disks, below the arena."""
 
-    folders: tuple[str, ...] = ("~/.cache/learnonce/chunks",)
+    folders: tuple[str, ...] = Field(default=("~/.cache/learnonce/chunks",), min_length=1)
     """One folder per device; records are striped over them. The cluster's name is added below each; mode 0700, one
     store at a time owns them."""
     capacity_bytes: PositiveInt = 8 << 30
@@ -45,14 +64,32 @@ class NvmeSettings(SettingsBase):
     slow_read_s: PositiveFloat = 10.0
     """A read that takes longer counts as a device error."""
 
+    @field_validator("folders")
+    @classmethod
+    def _check_folders(cls, folders: tuple[str, ...]) -> tuple[str, ...]:
+        names = Counter(os.path.abspath(os.path.expanduser(folder)) for folder in folders)
+        twice = sorted(name for name, count in names.items() if count > 1)
+        if twice:
+            raise ValueError(f"named twice: {', '.join(twice)}; one folder per device")
+        return folders
+
+    @model_validator(mode="after")
+    def _check_ratios(self) -> Self:
+        if self.low_ratio > self.high_ratio:
+            raise ValueError(f"low_ratio {self.low_ratio} must not be above high_ratio {self.high_ratio}: set both")
+        return self
+
 
 class ObjectSettings(SettingsBase):
     """Records as objects in a bucket that all nodes share, below the disks."""
 
+    # A URL may hold a secret, by mistake.
+    model_config = ConfigDict(hide_input_in_errors=True)
+
     url: str
     """`s3://bucket/prefix`, `gs://…`, `az://…`, `file:///folder`; or `arrow+…` for what pyarrow.fs speaks, for example
     `arrow+file:///mnt/nfs` or `arrow+hdfs://host:port/folder`. Credentials come from the environment."""
-    options: dict[str, str] = Field(default_factory=dict)
+    options: dict[str, OptionText] = Field(default_factory=dict)
     """Options of the client, by the names that obstore (or, behind `arrow+`, pyarrow.fs) documents, for example
     endpoint, region, allow_http. They are shown with the settings: secrets belong in the environment."""
     capacity_bytes: PositiveInt | None = None
@@ -83,11 +120,20 @@ class ObjectSettings(SettingsBase):
     breaker_pause_s: PositiveFloat = 5.0
     """Seconds of the first pause; doubles up to twelve times this while errors go on."""
 
+    @field_validator("url")
+    @classmethod
+    def _check_url(cls, url: str) -> str:
+        try:
+            split_object_url(url)
+        except SettingsError as error:
+            raise ValueError(str(error)) from None
+        return url
+
 
 class PeerSettings(SettingsBase):
     """Chunks from the stores of other nodes."""
 
-    transports: tuple[Literal["shm", "nixl", "tcp"], ...] = ("shm", "tcp")
+    transports: tuple[Literal["shm", "nixl", "tcp"], ...] = Field(default=("shm", "tcp"), min_length=1)
     """Data paths in order of preference; a pair of nodes takes the first that both can use. Without RDMA sockets need
     less CPU than NIXL, and NIXL has no authentication of its own: use it on a private network only."""
     port: int | None = Field(default=None, ge=1, le=65535)
@@ -117,13 +163,20 @@ class PeerSettings(SettingsBase):
     """Chunks of other nodes that are remembered (about half a kilobyte each); beyond it the longest known are
     forgotten."""
 
+    @field_validator("transports")
+    @classmethod
+    def _check_transports(cls, transports: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(transports)) < len(transports):
+            raise ValueError(f"each data path once, in order of preference; given: {', '.join(transports)}")
+        return transports
+
 
 class NixlSettings(SettingsBase):
     """The NIXL sidecar: used where `peers.transports` names `nixl`."""
 
-    staging_bytes: PositiveInt = 256 << 20
+    staging_bytes: int = Field(default=256 << 20, ge=MIN_STAGING_BYTES)
     """Memory through which NIXL transfers pass, in the sidecar's own arena: half for what lands, half for what is
-    offered. At least 8 MiB; a sidecar that is being replaced keeps its own until it has ended what it does."""
+    offered. A sidecar that is being replaced keeps its own until it has ended what it does."""
     quarantine_ratio: float = Field(default=0.25, gt=0, le=1.0)
     """Share of the landing half in quarantine above which the agent is replaced."""
     progress_delay_us: PositiveInt = 1000
@@ -142,11 +195,18 @@ class TlsSettings(SettingsBase):
     authority: str
     """PEM file of the authority that signed the certificates of all nodes."""
 
+    def absolute(self) -> Self:
+        """The same files for a process that runs in another folder."""
+        names = {name: os.path.abspath(os.path.expanduser(path)) for name, path in self.model_dump().items()}
+        return self.model_copy(update=names)
+
 
 class StoreSettings(SettingsBase):
     """One node's store."""
 
-    host_bytes: PositiveInt | None = None
+    RENAMED: ClassVar[dict[str, str]] = {"file": "nvme, whose `folders` is a list, one folder per device"}
+
+    host_bytes: Annotated[int, Field(ge=MIN_HOST_BYTES)] | None = None
     """Size of the arena in shared memory; memory is taken as chunks fill it. None: `host_ram_share`."""
     host_ram_share: float = Field(default=0.2, gt=0, le=0.9)
     """Share of the node's memory (or of the container's limit) for the arena when `host_bytes` is not set."""
@@ -196,6 +256,23 @@ class StoreSettings(SettingsBase):
     snapshot_port: int | None = Field(default=None, ge=1, le=65535)
     """Port of snapshots and replays; None takes a free one."""
 
+    @model_validator(mode="after")
+    def _check_ports(self) -> Self:
+        names: dict[int, list[str]] = {}
+        for name, port in self.ports().items():
+            names.setdefault(port, []).append(name)
+        for port, users in names.items():
+            if len(users) > 1:
+                raise ValueError(f"{' and '.join(users)} are both {port}: each needs a port of its own")
+        return self
+
+    def ports(self) -> dict[str, int]:
+        """Ports that are set, by their setting's name below `store`."""
+        named = {"events_port": self.events_port, "snapshot_port": self.snapshot_port}
+        if self.peers is not None:
+            named |= {"peers.port": self.peers.port, "peers.data_port": self.peers.data_port}
+        return {name: port for name, port in named.items() if port is not None}
+
 
 def resolve_host_bytes(settings: StoreSettings, *, memory_bytes: int) -> int:
     """Size of the arena on a machine (or in a container) with `memory_bytes`.
@@ -203,8 +280,8 @@ def resolve_host_bytes(settings: StoreSettings, *, memory_bytes: int) -> int:
     Example:
         >>> resolve_host_bytes(StoreSettings(host_ram_share=0.25), memory_bytes=1000)
         250
-        >>> resolve_host_bytes(StoreSettings(host_bytes=64), memory_bytes=1000)
-        64
+        >>> resolve_host_bytes(StoreSettings(host_bytes=1 << 20), memory_bytes=1000)
+        1048576
     """
     if settings.host_bytes is not None:
         return settings.host_bytes

@@ -25,6 +25,8 @@ from kvstore.keys import ChunkKey, KvScope
 PLAN_HEADER: Final = "x-serve-router-plan"
 """HAProxy strips client-sent headers with this prefix (design note RAY, section 5)."""
 REQUEST_ID_HEADER: Final = "x-request-id"
+NODE_HEADER: Final = "x-learnonce-node"
+"""Node of the worker that asks another one for chunks. A hint for how they are coded, so it is not signed."""
 SECRET_VARIABLE: Final = "LEARNONCE_CLUSTER_SECRET"
 """Environment variable of the cluster's secret, in hex; the same in every process of the cluster."""
 MAX_PLAN_BYTES: Final = 16 << 20

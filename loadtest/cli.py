@@ -5,6 +5,7 @@ Covers: the command line. Does not cover: the measuring (one module per benchmar
 
 import asyncio
 import sys
+import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,9 +13,20 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from cluster.model import EMBEDDED_MODEL, provide_model
 from cluster.settings import read_settings
+from loadtest.bench_codec import (
+    CODEC_PARTS,
+    DATA_VARIABLE,
+    DEFAULT_CONTEXTS,
+    DEFAULT_DOCUMENTS,
+    QUICK_CONTEXTS,
+    QUICK_DOCUMENTS,
+    CodecBenchSettings,
+)
 from loadtest.bench_store import STORE_PARTS
 from loadtest.results import write_result
+from loadtest.workloads import WORKLOADS
 
 bench = typer.Typer(help="Measure, and write the figures to a JSON file.", no_args_is_help=True)
 out = Console(highlight=False)
@@ -62,7 +74,9 @@ def eviction(
     trace: Annotated[
         Path | None, typer.Option(help="JSON lines of RAGPulse, Mooncake or questions over passages; .gz or plain")
     ] = None,
-    workload: Annotated[str | None, typer.Option(help="A generated stream instead of a trace, by name")] = None,
+    workload: Annotated[
+        str | None, typer.Option(help=f"A generated stream instead of a trace: {', '.join(WORKLOADS)}")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the generated stream")] = 1,
     capacity: Annotated[
         list[float] | None, typer.Option(help="Capacity over the bytes of all chunks of the stream; repeatable")
@@ -73,6 +87,49 @@ def eviction(
 
     name, requests = read_requests(trace, workload, seed=seed)
     _report(json_file, measure(name, requests, capacities=capacity or DEFAULT_CAPACITIES, log=_note))
+
+
+@bench.command()
+def codec(
+    json_file: Annotated[Path, typer.Option("--json", help="Where to write the result")],
+    data: Annotated[
+        Path | None, typer.Option(envvar=DATA_VARIABLE, help="Folder of texts; parts that need it are skipped without")
+    ] = None,
+    plots: Annotated[Path | None, typer.Option(help="Folder for pictures and tables")] = None,
+    part: Annotated[
+        list[str] | None, typer.Option("--part", help=f"Only this part, repeatable: {', '.join(CODEC_PARTS)}")
+    ] = None,
+    contexts: Annotated[
+        str | None, typer.Option(help="Tokens that are stored and loaded: lengths with commas between them")
+    ] = None,
+    docs: Annotated[int | None, typer.Option(min=1, help="How many documents")] = None,
+    model: Annotated[str, typer.Option(help="Model: embedded, or a folder")] = EMBEDDED_MODEL,
+    profile: Annotated[
+        str | None, typer.Option(help="Profile of the transform codec: a file, or the name of a shipped one")
+    ] = None,
+    work: Annotated[
+        Path | None, typer.Option(help="Folder for finished work, kept: a run that was stopped goes on from there")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Minutes: fewer documents, short contexts")] = False,
+) -> None:
+    """Quality of every codec against its bytes, where the bytes go, speed beside its floors, the serving path."""
+    from loadtest.bench_codec.parts import measure_parts as measure_codec
+    from loadtest.bench_codec.parts import read_contexts
+
+    with tempfile.TemporaryDirectory(prefix="learnonce-bench-codec-") as scratch:
+        settings = CodecBenchSettings(
+            model=provide_model(model),
+            data=data,
+            plots=plots,
+            work=work or Path(scratch),
+            contexts=read_contexts(contexts) if contexts else QUICK_CONTEXTS if quick else DEFAULT_CONTEXTS,
+            num_documents=docs or (QUICK_DOCUMENTS if quick else DEFAULT_DOCUMENTS),
+            num_retrievals=4 if quick else 16,
+            profile=profile,
+            is_quick=quick,
+        )
+        content = measure_codec(part or CODEC_PARTS, settings, log=_note)
+    _report(json_file, content)
 
 
 @bench.command()

@@ -26,6 +26,7 @@ from kvstore.engine.worker import ENGINE_DEAD, WorkerEngine
 from kvstore.interfaces import StoreClient
 from kvstore.keys import ChunkKey
 from kvstore.wire import (
+    NODE_HEADER,
     PLAN_HEADER,
     Plan,
     PlanExpiredError,
@@ -38,7 +39,7 @@ from kvstore.wire import (
 )
 from prefill_workers.flights import Flights
 from prefill_workers.metrics import NOT_STORED, QUEUED_TOKENS, REQUESTS, SECONDS, SHARED, TOKENS
-from prefill_workers.plan import PrefillWork, admit, answer, budget_s, plan_work
+from prefill_workers.plan import PrefillWork, admit, answer, budget_s, handoff_of, plan_work
 from prefill_workers.settings import PrefillSettings
 
 logger = logging.getLogger(__name__)
@@ -79,10 +80,11 @@ class PrefillService:
         settings: PrefillSettings,
         secret: bytes,
         gate: Gate,
+        node_id: str = "",
         now_unix_s: Callable[[], float] = time.time,
     ) -> None:
         self._engine, self._store, self._settings, self._gate = engine, store, settings, gate
-        self._secret, self._now_unix_s = secret, now_unix_s
+        self._secret, self._now_unix_s, self._node_id = secret, now_unix_s, node_id
         self._flights: Flights[_Done] = Flights()
         self._queued_tokens = 0
         self._threads = ThreadPoolExecutor(_WAIT_THREADS, thread_name_prefix="prefill-wait")
@@ -108,7 +110,7 @@ class PrefillService:
         if isinstance(plan, Refusal):
             await self._reject(request, plan)
             return
-        work = plan_work(plan)
+        work = plan_work(plan, handoff=handoff_of(request.header(NODE_HEADER), node_id=self._node_id))
         if isinstance(work, Refusal):
             await self._reject(request, work)
             return

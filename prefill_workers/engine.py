@@ -63,7 +63,11 @@ class LlmPrefillEngine(LlmEngine):
         params.output_kind = RequestOutputKind.FINAL_ONLY
         params.extra_args = {
             "kv_transfer_params": build_transfer_params(
-                load=work.load, save=work.save, load_deadline_s=work.load_deadline_s, cache_salt=work.cache_salt
+                load=work.load,
+                save=work.save,
+                load_deadline_s=work.load_deadline_s,
+                cache_salt=work.cache_salt,
+                handoff=work.handoff,
             )
         }
         prompt = TokensPrompt(prompt_token_ids=list(work.prompt_token_ids))

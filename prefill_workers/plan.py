@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
+from kvstore.engine.params import Handoff
 from kvstore.keys import ChunkKey
 from kvstore.wire import Plan, PrefillAnswer, Refusal, Span, key_of
 
@@ -23,6 +24,8 @@ class PrefillWork:
     """From token 0 on, without a gap."""
     save: tuple[Span, ...]
     load_deadline_s: float
+    handoff: Handoff = "none"
+    """Where the worker is that waits for the saved chunks; of several that wait for the same work, the first."""
 
     @property
     def key(self) -> ChunkKey:
@@ -35,7 +38,14 @@ class PrefillWork:
         return len(self.prompt_token_ids) - (self.load[-1].stop if self.load else 0)
 
 
-def plan_work(plan: Plan) -> PrefillWork | Refusal:
+def handoff_of(asking_node_id: str | None, *, node_id: str) -> Handoff:
+    """Whether the worker that asks reads chunks from the same store; "none" where somebody does not say where it is."""
+    if not asking_node_id or not node_id:
+        return "none"
+    return "local" if asking_node_id == node_id else "remote"
+
+
+def plan_work(plan: Plan, *, handoff: Handoff = "none") -> PrefillWork | Refusal:
     """What the engine shall do, or why nothing can be done."""
     if plan.refusal is not None:
         return plan.refusal
@@ -52,6 +62,7 @@ def plan_work(plan: Plan) -> PrefillWork | Refusal:
         load=load,
         save=tuple(span for span in plan.spans[len(load) :] if span.save),
         load_deadline_s=plan.load_deadline_s,
+        handoff=handoff,
     )
 
 

@@ -83,7 +83,9 @@ def assemble(
         leave: Ends the process once the engine is dead.
     """
     gate = Gate()
-    service = PrefillService(engine, store=store, settings=settings, secret=place.secret, gate=gate)
+    service = PrefillService(
+        engine, store=store, settings=settings, secret=place.secret, node_id=place.node_id, gate=gate
+    )
     resources.callback(service.close)
     return Worker(
         build_app(service, engine, registry=registry),

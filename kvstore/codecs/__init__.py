@@ -8,19 +8,39 @@ Payloads are layer-major: all bytes of layer 0 stand before those of layer 1, so
 while later ones still arrive.
 """
 
-from typing import Protocol
+from collections.abc import Mapping
+from functools import cache
+from importlib import import_module
+from typing import Final, Protocol
 
 import torch
 
 from cluster.errors import DataError
-from kvstore.codecs.raw import CodecDataError, RawCodec
+from kvstore.codecs.profile import Profile
+from kvstore.codecs.raw import CodecDataError
 from kvstore.interfaces import ChunkMeta
 
-__all__ = ["Codec", "CodecDataError", "UnknownCodecError", "codec_by_name", "codec_names"]
+__all__ = [
+    "TRANSFORM",
+    "Codec",
+    "CodecDataError",
+    "ProfileMissingError",
+    "UnknownCodecError",
+    "codec_by_name",
+    "codec_for",
+    "codec_names",
+]
+
+TRANSFORM: Final = "transform"
+"""Name of the codec that needs a profile (`kvstore.codecs.transform`)."""
 
 
 class UnknownCodecError(DataError):
     """A chunk was written with a codec that this version does not know: a miss."""
+
+
+class ProfileMissingError(DataError):
+    """A chunk names a profile that is not here: a miss."""
 
 
 class Codec(Protocol):
@@ -45,8 +65,13 @@ class Codec(Protocol):
         """
         ...
 
-    def encode(self, kv_L2TNH: torch.Tensor, *, out: memoryview) -> int:
-        """Write one chunk's KV (on the CPU, any strides) to `out`.
+    def encode(self, kv_L2TNH: torch.Tensor, *, out: memoryview, meta: ChunkMeta | None = None) -> int:
+        """Write one chunk's KV to `out`.
+
+        Args:
+            kv_L2TNH: On the CPU, any strides; K is rotated for `meta.base_position`.
+            out: Room for the payload.
+            meta: What the reader will know; None: KV of a sequence's start.
 
         Returns:
             Bytes written, from the start of `out`.
@@ -66,8 +91,29 @@ class Codec(Protocol):
         """
         ...
 
+    def decode_layers(self, payload: memoryview, *, meta: ChunkMeta, layers: range, out: torch.Tensor) -> None:
+        """Some layers' KV into `out` `[layer, 2, T, N, H]`, contiguous; the bytes of other layers are not looked at.
 
-_CODECS: dict[str, Codec] = {codec.name: codec for codec in (RawCodec(),)}
+        Raises:
+            DataError: The payload is not what `meta` says, or `out` is no room for these layers.
+        """
+        ...
+
+
+_PLACES: Final = {
+    "raw": ("kvstore.codecs.raw", "RawCodec"),
+    "lossless": ("kvstore.codecs.lossless", "LosslessCodec"),
+    "int8": ("kvstore.codecs.int8", "Int8Codec"),
+    "int4": ("kvstore.codecs.int4", "Int4Codec"),
+}
+"""Loops are compiled when their module is imported, once per machine: processes that never use them do not wait."""
+
+
+@cache
+def _made(name: str) -> Codec:
+    module, kind = _PLACES[name]
+    codec: Codec = getattr(import_module(module), kind)()
+    return codec
 
 
 def codec_by_name(name: str) -> Codec:
@@ -80,12 +126,33 @@ def codec_by_name(name: str) -> Codec:
         >>> codec_by_name("raw").name
         'raw'
     """
-    codec = _CODECS.get(name)
-    if codec is None:
+    if name not in _PLACES:
         raise UnknownCodecError(f"unknown codec {name!r}, this version knows {', '.join(codec_names())}")
-    return codec
+    return _made(name)
+
+
+def codec_for(meta: ChunkMeta, profiles: Mapping[str, Profile]) -> Codec:
+    """The codec that reads a chunk, whether it needs a profile or not.
+
+    Args:
+        meta: Of the chunk.
+        profiles: Profiles that are at hand, by id.
+
+    Raises:
+        UnknownCodecError: No codec of this version has that name.
+        ProfileMissingError: The chunk's profile is not among `profiles`.
+    """
+    if meta.codec != TRANSFORM:
+        return codec_by_name(meta.codec)
+    profile = profiles.get(meta.profile)
+    if profile is None:
+        raise ProfileMissingError(f"profile {meta.profile[:12]!r} of a {meta.codec} chunk is not at hand")
+    # Its loops are compiled when it is imported, once per machine: processes that never meet such a chunk do not wait.
+    from kvstore.codecs.transform import TransformCodec
+
+    return TransformCodec(profile)
 
 
 def codec_names() -> tuple[str, ...]:
-    """Every codec of this version."""
-    return tuple(_CODECS)
+    """Every codec of this version that needs no profile."""
+    return tuple(_PLACES)

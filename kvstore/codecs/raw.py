@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from cluster.errors import DataError
 from kvstore.interfaces import ChunkMeta
@@ -58,7 +59,7 @@ class RawCodec:
             raise CodecDataError(f"KV shape {meta.shape} has an empty dimension")
         return math.prod(meta.shape) * dtype.itemsize
 
-    def encode(self, kv_L2TNH: torch.Tensor, *, out: memoryview) -> int:
+    def encode(self, kv_L2TNH: torch.Tensor, *, out: memoryview, meta: ChunkMeta | None = None) -> int:
         """Copy the KV to the start of `out`."""
         if kv_L2TNH.ndim != 5 or kv_L2TNH.shape[1] != 2 or kv_L2TNH.dtype not in DTYPES.values():
             raise CodecDataError(f"not KV [L, 2, T, N, H]: shape {tuple(kv_L2TNH.shape)}, dtype {kv_L2TNH.dtype}")
@@ -76,6 +77,18 @@ class RawCodec:
         if len(payload) != expected_bytes:
             raise CodecDataError(f"payload has {len(payload)} bytes, its KV needs {expected_bytes}")
         return _tensor_over(payload, DTYPES[meta.dtype]).view(meta.shape)
+
+    def decode_layers(self, payload: memoryview, *, meta: ChunkMeta, layers: range, out: torch.Tensor) -> None:
+        """Copy some layers."""
+        kv_L2TNH = self.decode(payload, meta=meta)
+        if layers.step != 1 or not 0 <= layers.start <= layers.stop <= meta.num_layers:
+            raise CodecDataError(f"layers {layers} of a chunk with {meta.num_layers}")
+        part = kv_L2TNH[layers.start : layers.stop]
+        if out.shape != part.shape or out.dtype != part.dtype:
+            raise CodecDataError(
+                f"room for {tuple(out.shape)} of {out.dtype}, {tuple(part.shape)} of {part.dtype} needed"
+            )
+        out.copy_(part)
 
 
 class _ReadOnlyBytes:
@@ -96,6 +109,11 @@ class _ReadOnlyBytes:
         }
 
 
-def _tensor_over(payload: memoryview, dtype: torch.dtype) -> torch.Tensor:
+def unexported_bytes(payload: memoryview) -> NDArray[np.uint8]:
+    """A payload's bytes as an array that does not keep its owner from releasing it; valid while the payload is."""
     flat = payload.cast("B") if payload.format != "B" or payload.ndim != 1 else payload
-    return torch.from_numpy(np.asarray(_ReadOnlyBytes(flat))).view(dtype)
+    return np.asarray(_ReadOnlyBytes(flat))
+
+
+def _tensor_over(payload: memoryview, dtype: torch.dtype) -> torch.Tensor:
+    return torch.from_numpy(unexported_bytes(payload)).view(dtype)

@@ -13,7 +13,9 @@ from typing import Final
 from vllm import SamplingParams, TokensPrompt
 from vllm.v1.engine.async_llm import AsyncLLM
 
+from cluster.errors import SettingsError
 from kvstore.engine.build import build_engine_args
+from kvstore.engine.coding import check_coding
 from kvstore.engine.paging import UnsupportedLayoutError
 from kvstore.engine.params import build_transfer_params
 from kvstore.engine.scope import kv_scope
@@ -57,8 +59,12 @@ class LlmEngine:
         self._scope: KvScope | None = None
         try:
             self._scope = kv_scope(config)
+            check_coding(settings.connector, self._scope)
         except UnsupportedLayoutError as error:
             logger.warning("KV of this model is not reused: %s", error)
+        except SettingsError:
+            self.llm.shutdown(timeout=0)
+            raise
 
     @property
     def model(self) -> str:

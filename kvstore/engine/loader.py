@@ -1,10 +1,12 @@
-"""Loads under way: store reads on threads, then scattering on the engine's own thread, a bounded piece per step.
+"""Loads under way: read and decoded on threads, written on the engine's own thread, a bounded piece per step.
 
-Covers: reading leases within a deadline, cutting at the first missing chunk, scattering, what to tell the engine.
-Does not cover: when a load starts (`kvstore.engine.scheduler_side`), how KV gets into blocks (`kvstore.engine.paging`).
+Covers: threads, deadlines, scattering, what to tell the engine.
+Does not cover: when a load starts (`kvstore.engine.scheduler_side`), how a chunk is read and decoded
+(`kvstore.engine.reading`), how KV gets into blocks (`kvstore.engine.paging`).
 
-One load is in exactly one of three places: with a reader thread, staged (leases held), or gone. Reader threads never
-touch the engine's blocks, so a load can be dropped at any time: leases that arrive for a dropped load are released.
+A load hands over piece after piece, in order, while its reader is at the next: pieces are written into the engine's
+blocks as they come. Reader threads never touch the blocks, so a load can be dropped at any time: pieces that arrive for
+a dropped load are released.
 """
 
 import logging
@@ -18,12 +20,15 @@ from typing import Final, NamedTuple, Protocol
 
 import torch
 
-from cluster.errors import DataError
-from kvstore.codecs import codec_by_name
+from kvstore.engine.coding import Coding
+from kvstore.engine.layers import NotLoadedError, release
 from kvstore.engine.ops import LoadOp
-from kvstore.engine.params import ChunkSpan
+from kvstore.engine.probing import LinkProbe
+from kvstore.engine.reading import ChunkReading, Piece, Reader
+from kvstore.engine.speeds import SpeedMeter
+from kvstore.engine.staging import Staging
 from kvstore.engine.tally import LoadFailure, Tally
-from kvstore.interfaces import ChunkMeta, ReadLease, StoreClient
+from kvstore.interfaces import ChunkMeta, StoreClient
 from kvstore.keys import ChunkKey
 
 logger = logging.getLogger(__name__)
@@ -53,15 +58,6 @@ class Blocks(Protocol):
         ...
 
 
-class _Piece(NamedTuple):
-    """One leased chunk and the tokens of the request that it fills."""
-
-    lease: ReadLease
-    kv_L2TNH: torch.Tensor
-    start: int
-    """Position in the prompt of the first row of `kv_L2TNH`."""
-
-
 @dataclass(slots=True, eq=False)
 class _Load:
     """One load and how far it is."""
@@ -70,9 +66,12 @@ class _Load:
     stop_s: float
     """Monotonic time of its deadline."""
     began_s: float
-    pieces: deque[_Piece] = field(default_factory=deque)
+    queue_s: float = 0.0
+    pieces: deque[Piece] = field(default_factory=deque)
     position: int = 0
     """Tokens `[op.start, position)` are in the engine's blocks."""
+    is_read: bool = False
+    """No further piece comes."""
     failure: LoadFailure | None = None
     dropped: bool = False
 
@@ -86,6 +85,22 @@ class LoadResult(NamedTuple):
     """Blocks of those requests without valid KV."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadLimits:
+    """Bounds of a loader."""
+
+    num_threads: int
+    """Loads that are read at the same time."""
+    num_decoders: int
+    """Threads that decode, of all loads together."""
+    step_bytes: int
+    """KV bytes scattered in a step that also computes tokens; without computation eight times that."""
+    staging_bytes: int
+    """Decoded KV that waits to be scattered."""
+    initializer: Callable[[], None] | None = None
+    """Run first on every thread."""
+
+
 class Loader:
     """Loads of one engine worker.
 
@@ -93,14 +108,16 @@ class Loader:
         Every load that is submitted and not dropped is reported once: half a second after its deadline at the latest if
         it is not read by then, otherwise when it is scattered.
         Bad blocks are reported together with the request, and only from the first missing token on.
-        When `num_open` is 0, no lease is held.
+        When `num_open` is 0 and no thread reads, no lease and no staged memory is held.
 
     Args:
         store: Gives the store client; asked on reader threads only.
         blocks: The engine's blocks.
+        coding: Which codec reads a chunk.
         tally: Where everything is counted.
-        num_threads: Reads at the same time.
-        step_bytes: KV bytes scattered in a step that also computes tokens; without computation eight times that.
+        limits: Threads and bytes.
+        meter: Speeds, measured here and used for decisions.
+        may_recompute: Whether loads are given up that are slower than computing.
         now_s: Monotonic seconds.
     """
 
@@ -109,21 +126,36 @@ class Loader:
         *,
         store: Callable[[], StoreClient],
         blocks: Blocks,
+        coding: Coding,
         tally: Tally,
-        num_threads: int,
-        step_bytes: int,
+        limits: LoadLimits,
+        meter: SpeedMeter,
+        may_recompute: bool = True,
         now_s: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._store = store
         self._blocks = blocks
         self._tally = tally
-        self._step_bytes = step_bytes
+        self._step_bytes = limits.step_bytes
         self._now_s = now_s
         self._lock = threading.Lock()
         self._open: dict[str, _Load] = {}
         self._staged: deque[_Load] = deque()
         self._placed_keys: dict[str, set[ChunkKey]] = {}
-        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="learnonce-load")
+        self._threads = ThreadPoolExecutor(limits.num_threads, "learnonce-load", limits.initializer)
+        self._decoders = ThreadPoolExecutor(limits.num_decoders, "learnonce-decode", limits.initializer)
+        self._reader = Reader(
+            store=store,
+            coding=coding,
+            tally=tally,
+            meter=meter,
+            probe=LinkProbe(meter),
+            staging=Staging(limits.staging_bytes),
+            decoders=self._decoders,
+            num_decoders=limits.num_decoders,
+            accepts=blocks.accepts,
+            may_recompute=may_recompute,
+            now_s=now_s,
+        )
 
     @property
     def num_open(self) -> int:
@@ -131,10 +163,20 @@ class Loader:
         with self._lock:
             return len(self._open)
 
-    def submit(self, op: LoadOp) -> None:
-        """Start a load."""
+    @property
+    def staged_bytes(self) -> int:
+        """Decoded KV in memory of this loader's."""
+        return self._reader.staging.used_bytes
+
+    def submit(self, op: LoadOp, *, queue_s: float = 0.0) -> None:
+        """Start a load.
+
+        Args:
+            op: What to load.
+            queue_s: Seconds until the engine could begin to compute it instead.
+        """
         now_s = self._now_s()
-        load = _Load(op, stop_s=now_s + op.deadline_s, began_s=now_s, position=op.start)
+        load = _Load(op, stop_s=now_s + op.deadline_s, began_s=now_s, position=op.start, queue_s=queue_s)
         with self._lock:
             self._open[op.request_id] = load
         self._threads.submit(self._read, load)
@@ -161,8 +203,7 @@ class Loader:
         budget_bytes = self._step_bytes * (1 if busy else 8)
         while budget_bytes > 0 and (load := self._next_staged()) is not None:
             budget_bytes -= self._place(load, budget_bytes)
-            if not load.pieces:
-                self._report(load, result)
+            self._unstage_if_empty(load, result)
         for load in self._overdue():
             self._report(load, result)
         return result
@@ -172,55 +213,52 @@ class Loader:
         for request_id in list(self._open):
             self.drop(request_id)
         self._threads.shutdown(wait=True, cancel_futures=True)
+        self._decoders.shutdown(wait=True, cancel_futures=True)
+        self._reader.probe.close()
 
     # Reader threads.
 
     def _read(self, load: _Load) -> None:
         began_s = self._now_s()
-        leases: Sequence[ReadLease | None] = ()
+        reading = ChunkReading(
+            self._reader,
+            load.op.spans,
+            stop_s=load.stop_s,
+            is_dropped=lambda: load.dropped,
+            queue_s=load.queue_s,
+        )
+        failure: LoadFailure | None = "deadline"
         try:
-            left_s = load.stop_s - began_s
-            if left_s > 0 and not load.dropped:
-                leases = self._store().read([span.key for span in load.op.spans], deadline_s=left_s)
-            pieces, failure = self._check(load, leases)
+            while not load.dropped and self._now_s() < load.stop_s:
+                piece = reading.read_next()
+                if piece is None:
+                    failure = None
+                    break
+                self._hand_over(load, piece)
+        except NotLoadedError as error:
+            failure = error.reason
         except Exception:
             # A store client that breaks its promise must not cost more than the recomputation.
             logger.exception("event=load_read_failed request_id=%s", load.op.request_id)
-            pieces, failure = [], "store_error"
-        kept = {id(piece.lease) for piece in pieces}
-        _release_all([lease for lease in leases if lease is not None and id(lease) not in kept])
+            failure = "store_error"
+        reading.close()
         self._tally.observe("read_s", self._now_s() - began_s)
         with self._lock:
-            load.pieces.extend(pieces)
-            load.failure = failure
-            if load.dropped:
-                self._release(load)
-            else:
+            load.failure = load.failure or failure
+            load.is_read = True
+            if not load.dropped and load not in self._staged:
                 self._staged.append(load)
 
-    def _check(self, load: _Load, leases: Sequence[ReadLease | None]) -> tuple[list[_Piece], LoadFailure | None]:
-        pieces: list[_Piece] = []
-        for span, lease in zip(load.op.spans, leases, strict=False):
-            if lease is None:
-                return pieces, "deadline" if self._now_s() >= load.stop_s else "missing"
-            try:
-                pieces.append(self._piece(load.op, span, lease))
-            except DataError as error:
-                logger.warning("event=chunk_mismatch request_id=%s reason=%r", load.op.request_id, str(error))
-                return pieces, "mismatch"
-        return pieces, None if len(pieces) == len(load.op.spans) else "deadline"
-
-    def _piece(self, op: LoadOp, span: ChunkSpan, lease: ReadLease) -> _Piece:
-        meta = lease.meta
-        if meta.num_tokens != span.stop - span.start or meta.base_position != span.start:
-            raise DataError(
-                f"chunk of {meta.num_tokens} tokens at {meta.base_position} is not span [{span.start}, {span.stop})"
-            )
-        if not self._blocks.accepts(meta):
-            raise DataError(f"chunk {meta.shape} of {meta.dtype} does not fit this engine")
-        kv = codec_by_name(meta.codec).decode(lease.payload, meta=meta)
-        first, last = max(op.start, span.start), min(op.stop, span.stop)
-        return _Piece(lease, kv[:, :, first - span.start : last - span.start], first)
+    def _hand_over(self, load: _Load, piece: Piece) -> None:
+        first, last = max(load.op.start, piece.start), min(load.op.stop, piece.start + piece.kv_L2TNH.shape[2])
+        part = piece.kv_L2TNH[:, :, first - piece.start : last - piece.start]
+        with self._lock:
+            if load.dropped or load.failure is not None:
+                release(piece.held)
+                return
+            load.pieces.append(piece._replace(kv_L2TNH=part, start=first))
+            if load not in self._staged:
+                self._staged.append(load)
 
     # The engine's thread.
 
@@ -234,9 +272,10 @@ class Loader:
 
     def _place(self, load: _Load, budget_bytes: int) -> int:
         """Scatter what fits of the first piece; bytes scattered, at least 1 so that the caller's loop ends."""
-        if not load.pieces:
-            return 1
-        piece = load.pieces[0]
+        with self._lock:
+            if not load.pieces:
+                return 1
+            piece = load.pieces[0]
         kv = piece.kv_L2TNH
         done = load.position - piece.start
         token_bytes = kv.element_size() * kv.shape[0] * 2 * kv.shape[3] * kv.shape[4]
@@ -248,18 +287,31 @@ class Loader:
             self._blocks.scatter(kv[:, :, done : done + num_tokens], slots=slots)
         except Exception:
             logger.exception("event=scatter_failed request_id=%s", load.op.request_id)
-            load.failure = "scatter_error"
-            self._release(load)
+            with self._lock:
+                load.failure = "scatter_error"
+                self._release(load)
             return 1
         load.position += num_tokens
-        self._placed_keys.setdefault(load.op.request_id, set()).add(piece.lease.key)
+        self._placed_keys.setdefault(load.op.request_id, set()).add(piece.key)
         self._tally.observe("scatter_s", self._now_s() - began_s)
         self._tally.add("loaded_tokens", num_tokens)
         self._tally.add("loaded_bytes", num_tokens * token_bytes)
         if done + num_tokens == kv.shape[2]:
-            load.pieces.popleft()
-            _release_all([piece.lease])
+            with self._lock:
+                load.pieces.popleft()
+            release(piece.held)
         return num_tokens * token_bytes
+
+    def _unstage_if_empty(self, load: _Load, result: LoadResult) -> None:
+        """Nothing is left to scatter: report the load, or let others come first until its next piece is there."""
+        with self._lock:
+            if load.pieces:
+                return
+            is_over = load.is_read or load.failure is not None
+            if self._staged and self._staged[0] is load:
+                self._staged.popleft()
+        if is_over:
+            self._report(load, result)
 
     def _overdue(self) -> list[_Load]:
         limit_s = self._now_s() - _LATE_READ_S
@@ -268,15 +320,15 @@ class Loader:
             late = [load for load in self._open.values() if load.stop_s < limit_s and id(load) not in staged]
             for load in late:
                 load.dropped = True
-                load.failure = "deadline"
+                load.failure = load.failure or "deadline"
             return late
 
     def _report(self, load: _Load, result: LoadResult) -> None:
         op = load.op
         with self._lock:
             self._open.pop(op.request_id, None)
-            if self._staged and self._staged[0] is load:
-                self._staged.popleft()
+            # A reader that is still at it has nobody to hand a piece to.
+            load.dropped = True
         result.finished.add(op.request_id)
         self._tally.observe("load_s", self._now_s() - load.began_s)
         if load.position >= op.stop:
@@ -285,14 +337,8 @@ class Loader:
         result.bad_blocks.update(op.block_ids[load.position // self._blocks.block_size :])
         self._tally.load_failed(load.failure or "missing", num_tokens=op.stop - load.position)
 
-    def _release(self, load: _Load) -> None:
-        _release_all([piece.lease for piece in load.pieces])
+    @staticmethod
+    def _release(load: _Load) -> None:
+        for piece in load.pieces:
+            release(piece.held)
         load.pieces.clear()
-
-
-def _release_all(leases: Sequence[ReadLease]) -> None:
-    for lease in leases:
-        try:
-            lease.release()
-        except Exception:
-            logger.exception("event=lease_release_failed")

@@ -45,7 +45,29 @@ COUNTERS: Final[Mapping[str, Metric]] = {
         "Each costs prefill time; the reason is in load_failures_total",
     ),
     "saved_tokens": Metric(f"{_PREFIX}saved_tokens_total", "Tokens whose KV was stored", "Nothing to do"),
-    "saved_bytes": Metric(f"{_PREFIX}saved_bytes_total", "Encoded bytes stored", "Follows saved tokens"),
+    "saved_bytes": Metric(
+        f"{_PREFIX}saved_bytes_total",
+        "Encoded bytes stored",
+        "Compare with saved_kv_bytes_total: their ratio is what the codec saves",
+    ),
+    "saved_kv_bytes": Metric(
+        f"{_PREFIX}saved_kv_bytes_total", "KV bytes of stored chunks before they were encoded", "Follows saved tokens"
+    ),
+    "loaded_encoded_bytes": Metric(
+        f"{_PREFIX}loaded_encoded_bytes_total",
+        "Encoded bytes that loads read, refinements only as far as they were used",
+        "Compare with loaded_bytes_total: their ratio is what the codec saves on the way",
+    ),
+    "damaged_parts": Metric(
+        f"{_PREFIX}damaged_parts_total",
+        "Parts of coded chunks whose checksum was wrong; the layer was decoded at a coarser level, or computed",
+        "A disk or a network corrupts data: look at the store's corrupt_reports_total",
+    ),
+    "recompute_chosen": Metric(
+        f"{_PREFIX}recompute_chosen_total",
+        "Loads given up because computing was estimated to be faster",
+        "A link is slow, or dead: see load_failures_total (slow)",
+    ),
     "params_rejected": Metric(
         f"{_PREFIX}params_rejected_total",
         "Requests whose transfer parameters were invalid or not usable",
@@ -58,8 +80,9 @@ LABELLED: Final[Mapping[str, Metric]] = {
     "load_failures": Metric(
         f"{_PREFIX}load_failures_total",
         "Loads that ended early",
-        "missing: the directory is behind the store. deadline: the store is slow. mismatch: engines differ under one "
-        "key, a bug. store_error, scatter_error: see the log",
+        "missing: the directory is behind the store. deadline: the store is slow. slow: computing is faster. "
+        "mismatch: a chunk is damaged, or engines differ under one key, a bug. profile: nobody has the profile of a "
+        "chunk's codec. store_error, scatter_error: see the log",
         ("reason",),
     ),
     "saves": Metric(
@@ -67,6 +90,18 @@ LABELLED: Final[Mapping[str, Metric]] = {
         "Chunks to be stored, by outcome",
         "staging_full: raise save_staging_bytes. refused: the store is full of pins, or others save the same",
         ("outcome",),
+    ),
+    "saved_chunks": Metric(
+        f"{_PREFIX}saved_chunks_total",
+        "Chunks stored, by codec",
+        "raw beside another: hand-overs on this node",
+        ("codec",),
+    ),
+    "loaded_levels": Metric(
+        f"{_PREFIX}loaded_levels_total",
+        "Coded chunks loaded, by the coarsest level of any layer; 0 is the smallest",
+        "Lower levels: deadlines were near, or parts were damaged",
+        ("level",),
     ),
     "hook_errors": Metric(
         f"{_PREFIX}hook_errors_total", "Exceptions caught at vLLM's hooks", "A bug: see the log", ("hook",)
@@ -78,12 +113,20 @@ SECONDS: Final[Mapping[str, Metric]] = {
     "read_s": Metric(
         f"{_PREFIX}load_read_seconds", "Reading and verifying the chunks of one load", "The store or its disk is slow"
     ),
+    "decode_s": Metric(
+        f"{_PREFIX}load_decode_seconds",
+        "Decoding one chunk, in seconds of all decoding threads together",
+        "Raise decode_threads if it is more than the reading of a load leaves time for",
+    ),
     "scatter_s": Metric(
         f"{_PREFIX}load_scatter_seconds",
         "Writing one piece of a load into the engine's blocks; other requests wait meanwhile",
         "Lower load_step_bytes if tokens of running requests stutter",
     ),
     "load_s": Metric(f"{_PREFIX}load_seconds", "One load from allocation to the last token", "See its two parts"),
+    "encode_s": Metric(
+        f"{_PREFIX}save_encode_seconds", "Encoding one chunk", "Raise save_threads if saves are dropped (staging_full)"
+    ),
     "save_s": Metric(f"{_PREFIX}save_seconds", "Reserving, encoding and committing one chunk", "The store is slow"),
 }
 """Histograms by tally series."""

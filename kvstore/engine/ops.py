@@ -6,7 +6,7 @@ Does not cover: the envelope vLLM carries them in (`kvstore.engine.metadata`).
 
 from dataclasses import dataclass
 
-from kvstore.engine.params import ChunkSpan
+from kvstore.engine.params import ChunkSpan, Handoff
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +35,7 @@ class SaveOp:
     """The blocks that hold the span: the first one contains token `span.start`."""
     tenant: str = ""
     """Whose chunk it is."""
+    handoff: Handoff = "none"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,3 +46,5 @@ class StepOps:
     saves: tuple[SaveOp, ...] = ()
     busy: bool = False
     """Whether this step also computes tokens, so that loads must not hold it up."""
+    num_tokens: int = 0
+    """Tokens that the step computes."""

@@ -110,6 +110,11 @@ class PagedKv:
         token_bytes = 2 * self._num_heads * self._head_dim * DTYPES[self._dtype_name].itemsize
         return len(self._layers) * self._block_size * token_bytes
 
+    @property
+    def is_synchronous(self) -> bool:
+        """Whether the engine's work is over when its calls return, so that it can be timed from outside."""
+        return self._device.type == "cpu"
+
     def meta(self, *, num_tokens: int, base_position: int) -> ChunkMeta:
         """How a chunk of this engine is described."""
         return ChunkMeta(

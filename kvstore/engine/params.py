@@ -4,7 +4,7 @@ Covers: building and validating the parameters. Does not cover: who decides them
 (`kvstore.engine.scheduler_side`). Imports neither torch nor vLLM.
 
 On the wire: `{"learnonce": {"v": 1, "load": [[hexkey, start, stop], ...], "save": [...], "load_deadline_s": 2.0}}`, and
-`"tenant"` where the request has a salt.
+`"tenant"` where the request has a salt, `"handoff"` ("local", "remote") where a worker waits for what is saved.
 The field is part of vLLM's public JSON API, so the engine may see anything here: whatever is not valid is ignored and
 counted, and the request is computed.
 """
@@ -13,7 +13,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, Literal, NamedTuple, Protocol, cast, get_args
 
 from cluster.errors import DataError
 from kvstore.keys import ChunkKey, parse_key, tenant_of
@@ -24,8 +24,12 @@ VERSION: Final = 1
 MAX_SPANS: Final = 16384
 """Bound on each list; a million-token prompt of 64-token passages fits."""
 MAX_LOAD_DEADLINE_S: Final = 600.0
-_FIELDS: Final = frozenset({"v", "load", "save", "load_deadline_s", "tenant"})
+_FIELDS: Final = frozenset({"v", "load", "save", "load_deadline_s", "tenant", "handoff"})
 _TENANT: Final = re.compile(r"([0-9a-f]{16})?", re.ASCII)
+
+
+Handoff = Literal["none", "local", "remote"]
+"""Who waits for a chunk that is saved: nobody in particular, a worker of this node, a worker of another node."""
 
 
 class TransferParamsError(DataError):
@@ -71,10 +75,17 @@ class TransferParams:
     """Seconds after which chunks that have not arrived are computed; unused without `load`."""
     tenant: str = ""
     """Whose chunks are stored (`kvstore.keys.tenant_of`); "" without a salt."""
+    handoff: Handoff = "none"
+    """Who waits for the chunks to be stored."""
 
 
 def build_transfer_params(
-    *, load: Iterable[SpanLike] = (), save: Iterable[SpanLike] = (), load_deadline_s: float, cache_salt: str = ""
+    *,
+    load: Iterable[SpanLike] = (),
+    save: Iterable[SpanLike] = (),
+    load_deadline_s: float,
+    cache_salt: str = "",
+    handoff: Handoff = "none",
 ) -> dict[str, Any]:
     """`kv_transfer_params` for one request, as plain JSON data. The salt itself is not in it.
 
@@ -90,7 +101,8 @@ def build_transfer_params(
         "load_deadline_s": load_deadline_s,
     }
     tenant = tenant_of(cache_salt)
-    return {NAMESPACE: ours | {"tenant": tenant} if tenant else ours}
+    ours |= {"tenant": tenant} if tenant else {}
+    return {NAMESPACE: ours | {"handoff": handoff} if handoff != "none" else ours}
 
 
 def parse_transfer_params(raw: Mapping[str, Any] | None, *, num_prompt_tokens: int) -> TransferParams | None:
@@ -120,6 +132,7 @@ def parse_transfer_params(raw: Mapping[str, Any] | None, *, num_prompt_tokens: i
         save=_spans(ours.get("save", []), "save", num_prompt_tokens),
         load_deadline_s=_deadline_s(ours.get("load_deadline_s", 0.0)),
         tenant=_tenant(ours.get("tenant", "")),
+        handoff=_handoff(ours.get("handoff", "none")),
     )
 
 
@@ -154,6 +167,13 @@ def _tenant(raw: Any) -> str:
     if not isinstance(raw, str) or not _TENANT.fullmatch(raw):
         raise TransferParamsError("tenant is not 16 hex digits")
     return raw
+
+
+def _handoff(raw: Any) -> Handoff:
+    for known in get_args(Handoff):
+        if raw == known:
+            return cast("Handoff", known)
+    raise TransferParamsError(f"handoff is none of {', '.join(get_args(Handoff))}")
 
 
 def _deadline_s(raw: Any) -> float:

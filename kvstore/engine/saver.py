@@ -1,7 +1,8 @@
 """Saves under way: KV gathered on the engine's thread, encoded and committed on others.
 
 Covers: the bound on staged bytes, reserve, encode and commit, what becomes of each save.
-Does not cover: when a span is complete (`kvstore.engine.scheduler_side`), reading blocks (`kvstore.engine.paging`).
+Does not cover: when a span is complete (`kvstore.engine.scheduler_side`), reading blocks (`kvstore.engine.paging`), in
+which form a chunk is stored (`kvstore.engine.coding`).
 
 A save is best effort: whatever goes wrong costs a later request a miss, and is counted.
 """
@@ -15,7 +16,7 @@ from typing import Protocol
 
 import msgspec
 
-from kvstore.codecs import codec_by_name
+from kvstore.engine.coding import Coding, Form
 from kvstore.engine.ops import SaveOp
 from kvstore.engine.paging import Gathered
 from kvstore.engine.tally import SaveOutcome, Tally
@@ -58,10 +59,12 @@ class Saver:
     Args:
         store: Gives the store client; asked on saver threads only.
         blocks: The engine's blocks.
+        coding: In which form chunks are stored.
         tally: Where everything is counted.
         staging_bytes: Bound on KV that waits to be written.
         deadline_s: Seconds that the store may take to give room.
-        num_threads: Writes at the same time.
+        num_threads: Encodings and writes at the same time.
+        initializer: Run first on every thread.
     """
 
     def __init__(
@@ -69,20 +72,23 @@ class Saver:
         *,
         store: Callable[[], StoreClient],
         blocks: ReadableBlocks,
+        coding: Coding,
         tally: Tally,
         staging_bytes: int,
         deadline_s: float,
         num_threads: int = 1,
+        initializer: Callable[[], None] | None = None,
     ) -> None:
         self._store = store
         self._blocks = blocks
+        self._coding = coding
         self._tally = tally
         self._staging_bytes = staging_bytes
         self._deadline_s = deadline_s
         self._changed = threading.Condition()
         self._staged_bytes = 0
         self._closed = False
-        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="learnonce-save")
+        self._threads = ThreadPoolExecutor(num_threads, "learnonce-save", initializer)
 
     @property
     def staged_bytes(self) -> int:
@@ -108,7 +114,7 @@ class Saver:
                 tenant=op.tenant,
                 learned_unix_s=time.time(),
             )
-            self._threads.submit(self._write, op.span.key, meta, gathered, need_bytes)
+            self._threads.submit(self._write, op, meta, gathered, need_bytes)
         except Exception:
             logger.exception("event=gather_failed request_id=%s", op.request_id)
             self._tally.save_ended("error")
@@ -126,34 +132,41 @@ class Saver:
         self.flush(deadline_s=deadline_s)
         self._threads.shutdown(wait=True, cancel_futures=True)
 
-    def _write(self, key: ChunkKey, meta: ChunkMeta, gathered: Gathered, staged_bytes: int) -> None:
+    def _write(self, op: SaveOp, meta: ChunkMeta, gathered: Gathered, staged_bytes: int) -> None:
         began_s = time.monotonic()
         outcome: SaveOutcome = "error"
         try:
-            outcome = self._reserve_and_commit(key, meta, gathered)
+            form = self._coding.form_of(meta, handoff=op.handoff)
+            outcome = self._reserve_and_commit(op.span.key, form, gathered)
+            if outcome == "stored":
+                self._coding.publish(form)
         except Exception:
-            logger.exception("event=save_failed key=%s", key.hex()[:12])
+            logger.exception("event=save_failed key=%s", op.span.key.hex()[:12])
         finally:
             self._tally.save_ended(outcome)
             self._tally.observe("save_s", time.monotonic() - began_s)
             del gathered
             self._unstage(staged_bytes)
 
-    def _reserve_and_commit(self, key: ChunkKey, meta: ChunkMeta, gathered: Gathered) -> SaveOutcome:
-        codec = codec_by_name(meta.codec)
-        lease = self._store().reserve(key, meta, codec.encoded_bytes(meta), deadline_s=self._deadline_s)
+    def _reserve_and_commit(self, key: ChunkKey, form: Form, gathered: Gathered) -> SaveOutcome:
+        lease = self._store().reserve(key, form.meta, self._coding.encoded_bytes(form), deadline_s=self._deadline_s)
         if lease is None:
             return "refused"
         try:
-            num_bytes = codec.encode(gathered.kv(), out=lease.payload)
+            kv = gathered.kv()
+            began_s = time.monotonic()
+            num_bytes = self._coding.encode(form, kv, out=lease.payload)
+            self._tally.observe("encode_s", time.monotonic() - began_s)
             # A codec that compresses needs less than it asked room for.
             if not lease.commit(num_bytes if num_bytes < len(lease.payload) else None):
                 return "refused"
         except BaseException:
             lease.abort()
             raise
-        self._tally.add("saved_tokens", meta.num_tokens)
+        self._tally.add("saved_tokens", form.meta.num_tokens)
         self._tally.add("saved_bytes", num_bytes)
+        self._tally.add("saved_kv_bytes", kv.numel() * kv.element_size())
+        self._tally.add(f"saved_chunks.{form.meta.codec}")
         return "stored"
 
     def _unstage(self, num_bytes: int) -> None:

@@ -145,7 +145,8 @@ class SchedulerSide:
                 saves.extend(self._due_saves(tracked, item.request_id, computed, blocks_of))
         # Taken last: a load that an error above would lose is a request that waits for ever.
         loads, self._new_loads = tuple(self._new_loads), []
-        return StepOps(loads=loads, saves=tuple(saves), busy=bool(scheduled))
+        num_tokens = sum(item.num_scheduled_tokens for item in scheduled)
+        return StepOps(loads=loads, saves=tuple(saves), busy=bool(scheduled), num_tokens=num_tokens)
 
     def finish_request(self, request_id: str) -> None:
         """Forget a request that is done or aborted."""
@@ -182,7 +183,16 @@ class SchedulerSide:
             first, last = span.start // self._block_size, -(-span.stop // self._block_size)
             block_ids = tuple(blocks_of(request_id)[first:last])
             if len(block_ids) == last - first:
-                ops.append(SaveOp(request_id=request_id, span=span, block_ids=block_ids, tenant=tracked.params.tenant))
+                params = tracked.params
+                ops.append(
+                    SaveOp(
+                        request_id=request_id,
+                        span=span,
+                        block_ids=block_ids,
+                        tenant=params.tenant,
+                        handoff=params.handoff,
+                    )
+                )
         return ops
 
 

@@ -41,12 +41,29 @@ CPU_SET_PATTERN: Final = r"^\d+(-\d+)?(,\d+(-\d+)?)*$"
 class ConnectorSettings(SettingsBase):
     """How an engine exchanges KV with its node's store."""
 
+    codec: Literal["raw", "lossless", "int8", "int4", "transform"] = "raw"
+    """How chunks are stored from now on; stored ones are read whatever codec wrote them. `raw` and `lossless` are
+    exact, the others change answers a little (docs/codec.md). `transform` needs a `profile`."""
+    level: Literal["auto"] | NonNegativeInt = "auto"
+    """Finest level that `transform` stores, 0 is the smallest; `auto` stores every level that the profile has."""
+    profile: str | None = None
+    """Profile of `transform`: a file, the name of one that ships with the project, or the 64 hex digits of one that is
+    in the store. Unset takes the shipped one that fits the model."""
+    handoff: Literal["auto", "codec"] = "auto"
+    """Chunks that a decode replica waits for: `auto` sends them raw where the link is faster than the codec, and at a
+    level that suits the link where not; `codec` treats them as any other chunk."""
     load_threads: Annotated[int, Field(ge=1, le=64)] = 2
-    """Reads from the store at the same time."""
+    """Loads that read from the store at the same time."""
+    decode_threads: Annotated[int, Field(ge=1, le=64)] = 2
+    """Threads that decode chunks, of all loads together."""
+    load_staging_bytes: PositiveInt = 1 << 30
+    """Host memory for decoded KV that waits to be written into the engine; loads beyond it wait."""
+    recompute_when_faster: bool = True
+    """Compute instead of loading what arrives too slowly: from measured speeds of links, codec and prefill."""
     load_step_bytes: PositiveInt = 64 << 20
     """KV bytes written into the engine per step while other requests compute; bounds how long their tokens wait."""
     save_threads: Annotated[int, Field(ge=1, le=64)] = 1
-    """Writes to the store at the same time."""
+    """Encodings and writes to the store at the same time."""
     save_staging_bytes: NonNegativeInt = 1 << 30
     """Host memory for KV that waits to be written; saves beyond it are dropped. 0 saves nothing."""
     save_deadline_s: PositiveFloat = 5.0

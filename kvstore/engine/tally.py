@@ -7,11 +7,12 @@ Does not cover: their way into Prometheus (`kvstore.engine.stats`).
 import threading
 from typing import Any, Final, Literal
 
-LoadFailure = Literal["missing", "deadline", "mismatch", "store_error", "scatter_error"]
+LoadFailure = Literal["missing", "deadline", "slow", "mismatch", "profile", "store_error", "scatter_error"]
 """Why tokens of a load are computed after all.
 
-missing: the store does not hold a chunk. deadline: chunks came too late. mismatch: a chunk's metadata or bytes do not
-fit this engine. store_error: the store client failed. scatter_error: writing into the engine's blocks failed.
+missing: the store does not hold a chunk. deadline: chunks came too late. slow: computing is faster than waiting for
+them. mismatch: a chunk's metadata or bytes do not fit this engine. profile: nobody has the profile that a chunk needs.
+store_error: the store client failed. scatter_error: writing into the engine's blocks failed.
 """
 SaveOutcome = Literal["stored", "held", "staging_full", "refused", "error"]
 """What became of a save.
@@ -19,7 +20,7 @@ SaveOutcome = Literal["stored", "held", "staging_full", "refused", "error"]
 stored: committed. held: it was loaded for this very request. staging_full: more waits than may be staged.
 refused: the store holds it, somebody writes it, or there is no room. error: the store or the codec failed.
 """
-Series = Literal["read_s", "scatter_s", "load_s", "save_s"]
+Series = Literal["read_s", "decode_s", "scatter_s", "load_s", "save_s", "encode_s"]
 MAX_OBSERVATIONS: Final = 256
 """Per series and drain; more are counted in the sums only."""
 

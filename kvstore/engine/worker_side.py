@@ -4,19 +4,24 @@ Covers: the blocks of this worker, the loader and the saver, and what an engine 
 Does not cover: vLLM's class and its hooks (`kvstore.engine.connector`).
 """
 
+import contextlib
 import importlib
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Final
 
 from cluster.errors import SettingsError
-from kvstore.engine.loader import Loader, LoadResult
+from kvstore.engine.coding import Coding
+from kvstore.engine.loader import Loader, LoadLimits, LoadResult
 from kvstore.engine.ops import LoadOp, StepOps
 from kvstore.engine.paging import PagedKv, UnsupportedLayoutError
+from kvstore.engine.profiles import ProfileShelf
 from kvstore.engine.saver import Saver
 from kvstore.engine.settings import ConnectorSettings
+from kvstore.engine.speeds import SpeedMeter
 from kvstore.engine.tally import Tally
 from kvstore.interfaces import StoreClient
 from kvstore.wire import cluster_secret
@@ -24,6 +29,8 @@ from kvstore.wire import cluster_secret
 logger = logging.getLogger(__name__)
 
 StoreFactory = Callable[[Mapping[str, Any]], StoreClient]
+
+_CORES_VARIABLE: Final = "VLLM_CPU_OMP_THREADS_BIND"
 
 
 class StoreConnection:
@@ -82,6 +89,9 @@ class WorkerSide:
         """The engine's blocks, once registered and understood."""
         self._loader: Loader | None = None
         self._saver: Saver | None = None
+        self._meter = SpeedMeter()
+        self._step: tuple[float, int] | None = None
+        """When the step under way began, and how many tokens it computes."""
         self._finished: set[str] = set()
         self._bad_blocks: set[int] = set()
 
@@ -94,32 +104,54 @@ class WorkerSide:
         self.blocks = blocks
         touched_bytes = blocks.pretouch()
         logger.info("event=kv_registered layers=%d pretouched_bytes=%d", len(layers), touched_bytes)
+        settings, shelf = self._settings, ProfileShelf(store=self._store)
+        model = blocks.meta(num_tokens=1, base_position=0)
+        try:
+            coding = Coding(settings, shelf=shelf, meter=self._meter, model=model)
+        except SettingsError as error:
+            return str(error)
         self._loader = Loader(
             store=self._store,
             blocks=blocks,
+            coding=coding,
             tally=self._tally,
-            num_threads=self._settings.load_threads,
-            step_bytes=self._settings.load_step_bytes,
+            limits=LoadLimits(
+                num_threads=settings.load_threads,
+                num_decoders=settings.decode_threads,
+                step_bytes=settings.load_step_bytes,
+                staging_bytes=settings.load_staging_bytes,
+                initializer=_use_all_cores,
+            ),
+            meter=self._meter,
+            may_recompute=settings.recompute_when_faster,
         )
         self._saver = Saver(
             store=self._store,
             blocks=blocks,
+            coding=coding,
             tally=self._tally,
-            staging_bytes=self._settings.save_staging_bytes,
-            deadline_s=self._settings.save_deadline_s,
-            num_threads=self._settings.save_threads,
+            staging_bytes=settings.save_staging_bytes,
+            deadline_s=settings.save_deadline_s,
+            num_threads=settings.save_threads,
+            initializer=_use_all_cores,
         )
         return None
 
     def load(self, ops: StepOps) -> None:
         """Start this step's loads and scatter a bounded piece of those that have arrived."""
+        prefill = self._meter.speeds.prefill
+        queue_s = ops.num_tokens / prefill.per_s if prefill is not None else 0.0
         for op in ops.loads:
-            self._start(op)
+            self._start(op, queue_s=queue_s)
         if self._loader is not None:
             self._note(self._loader.advance(busy=ops.busy))
+        self._step = (time.monotonic(), ops.num_tokens)
 
     def save(self, ops: StepOps) -> None:
         """Take this step's complete chunks out of the engine."""
+        if self._step is not None and self.blocks is not None and self.blocks.is_synchronous:
+            began_s, num_tokens = self._step
+            self._meter.note_prefill(num_tokens, seconds=time.monotonic() - began_s)
         if self._saver is None or self._loader is None:
             return
         for op in ops.saves:
@@ -161,10 +193,10 @@ class WorkerSide:
             self._loader.close()
         self._store.close()
 
-    def _start(self, op: LoadOp) -> None:
+    def _start(self, op: LoadOp, *, queue_s: float) -> None:
         try:
             if self._loader is not None:
-                self._loader.submit(op)
+                self._loader.submit(op, queue_s=queue_s)
                 return
         except Exception:
             logger.exception("event=load_not_started request_id=%s", op.request_id)
@@ -174,6 +206,14 @@ class WorkerSide:
     def _note(self, result: LoadResult) -> None:
         self._finished |= result.finished
         self._bad_blocks |= result.bad_blocks
+
+
+def _use_all_cores() -> None:
+    """Undo what a new thread inherits: OpenMP has bound the engine's thread, which starts it, to one core."""
+    cores = os.environ.get(_CORES_VARIABLE, "")
+    if cores.replace(",", "").isdigit():
+        with contextlib.suppress(OSError):
+            os.sched_setaffinity(0, {int(core) for core in cores.split(",")})
 
 
 def _factory(extra: Mapping[str, Any]) -> StoreFactory:

@@ -39,6 +39,7 @@ class StoreProcess:
         crash_at: A point of `kvstore.crash` at which the process kills itself; None: none.
         crash_hit: How often the point is reached until then.
         environment: Further environment variables.
+        prefix: Command that runs the process, e.g. in a network namespace.
     """
 
     def __init__(
@@ -52,7 +53,9 @@ class StoreProcess:
         crash_at: str | None = None,
         crash_hit: int = 1,
         environment: Mapping[str, str] | None = None,
+        prefix: Sequence[str] = (),
     ) -> None:
+        self.prefix = list(prefix)
         self.bind_host = bind_host
         self.crash_at = crash_at
         self.crash_hit = crash_hit
@@ -137,7 +140,7 @@ class StoreProcess:
     def _spawn(self) -> tuple["subprocess.Popen[str]", StoreEndpoint]:
         environment = {**os.environ, **self.environment, _SECRET_NAME: self.secret.hex(), "PYTHONPATH": str(_ROOT)}
         self._process = subprocess.Popen(
-            [sys.executable, "-c", f"from {StoreProcess.__module__} import main; main()"],
+            [*self.prefix, sys.executable, "-c", f"from {StoreProcess.__module__} import main; main()"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,

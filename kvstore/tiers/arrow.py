@@ -18,12 +18,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Final
-from urllib.parse import urlsplit
 
 import pyarrow
 from pyarrow import fs
 
 from cluster.errors import LearnonceError, SettingsError
+from kvstore.object_url import split_object_url
 from kvstore.settings import ObjectSettings
 from kvstore.tiers.bucket import STALE_S, Arrival, BucketError, BucketRefusedError, Listed
 from kvstore.tiers.errands import Errands
@@ -58,7 +58,7 @@ class ArrowBucket:
 
     def __init__(self, settings: ObjectSettings) -> None:
         self._settings = settings
-        parts = _split_url(settings.url)
+        parts = split_object_url(settings.url)
         self._scheme = parts.scheme
         self.address = f"arrow+{parts.scheme}://{parts.netloc}{parts.path}"
         _check_options(parts.scheme, settings.options)
@@ -268,23 +268,6 @@ def _make_file_system(settings: ObjectSettings, scheme: str, netloc: str) -> fs.
             f"HDFS cannot be used here: it needs libhdfs, Java and Hadoop's CLASSPATH (ARROW_LIBHDFS_DIR, JAVA_HOME): "
             f"{str(error).splitlines()[0]}"
         ) from error
-
-
-def _split_url(url: str) -> Any:
-    try:
-        parts = urlsplit(url.removeprefix("arrow+"))
-        is_known = parts.scheme in ("file", "hdfs", "s3", "gs") and (parts.netloc or parts.scheme in ("file", "hdfs"))
-        int(parts.port or 0)
-    except ValueError:
-        is_known = False
-    if not is_known:
-        raise SettingsError(
-            "store.object.url is not understood; pyarrow speaks arrow+file:///folder, arrow+hdfs://host:port/folder, "
-            "arrow+s3://bucket/prefix and arrow+gs://bucket/prefix"
-        )
-    if parts.username or parts.password or parts.query:
-        raise SettingsError("store.object.url: credentials and queries do not belong there; use the environment")
-    return parts
 
 
 def _check_options(scheme: str, options: dict[str, str]) -> None:

@@ -1,20 +1,20 @@
 """The books of one bounded tier: which records it holds, and which leave when room is needed.
 
-Covers: counting bytes, per tenant too; asking the policy; quotas, pins and age. Does not cover: the bytes themselves
+Covers: counting bytes, per tenant too; asking the policy; quotas and pins. Does not cover: the bytes themselves
 (`kvstore.tiers.host`, `.file`, `.object`), the order of victims (`kvstore.policy`).
 
 The law that holds after every call: `used_bytes` is the sum of `stored_bytes` of all entries, and so for each tenant.
 """
 
+import itertools
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Final
 
 from kvstore.interfaces import EvictionPolicy, TierEntry, TierStat
 from kvstore.keys import ChunkKey
 from kvstore.policy.quota import Quotas
 from kvstore.policy.ranking import Ranking
-from kvstore.tiers.ages import Ages
 
 _MAX_PASSED: Final = 4096
 """Records of protected tenants that one search passes before it goes on in the order of last use."""
@@ -69,6 +69,8 @@ class TierBooks:
         self._low_bytes = None if capacity_bytes is None else int(min(low_ratio, high_ratio) * capacity_bytes)
         self._max_pinned_bytes = None if capacity_bytes is None else int(max_pinned_ratio * capacity_bytes)
         self._entries: dict[ChunkKey, TierEntry] = {}
+        self.find: Final[Callable[[ChunkKey], TierEntry | None]] = self._entries.get
+        """The entry of a key; not a use. Without a call in between: lookups ask it for every key."""
         self._uses: Counter[ChunkKey] = Counter()
         self._pins: dict[ChunkKey, float] = {}
         """Until when a record is pinned; the policy does not know it meanwhile."""
@@ -80,12 +82,6 @@ class TierBooks:
         """Sum of the quotas of the tenants that hold something, each at most the capacity."""
         self._num_unlimited = 0
         """Tenants without a quota that hold something."""
-        self._ages: Ages | None = None
-        """Kept from the first question for expired records on."""
-
-    def find(self, key: ChunkKey) -> TierEntry | None:
-        """The entry of a key; not a use."""
-        return self._entries.get(key)
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -126,8 +122,6 @@ class TierBooks:
         self._count(key, entry, +1)
         if key not in self._pins:
             self._policy.admit(key, entry)
-        if self._ages is not None:
-            self._ages.add(key, learned_unix_s=entry.learned_unix_s)
 
     def touch(self, key: ChunkKey) -> None:
         """Count a use; unknown keys are ignored."""
@@ -154,9 +148,30 @@ class TierBooks:
         self._count(key, entry, -1)
         del self._entries[key]
         self._uses.pop(key, None)
-        if self._ages is not None:
-            self._ages.remove(key)
         return entry
+
+    def change_policy(self, policy: EvictionPolicy, *, seen: Mapping[ChunkKey, TierEntry]) -> None:
+        """Go over to another policy, which knows what the books held a moment ago, in an order of its owner's choice.
+
+        Args:
+            policy: Owned by these books from now on. It was told of all of `seen`, and of nothing else.
+            seen: Records, pinned ones too, as they were then; what has changed since, it is told now, and of all uses.
+        """
+        for key, entry in self._entries.items():
+            if key not in self._pins and seen.get(key) is not entry:
+                policy.admit(key, entry)
+        for key in seen:
+            if key not in self._entries or key in self._pins:
+                policy.remove(key, evicted=False)
+        for key, uses in self._uses.items():
+            for _ in range(uses):
+                policy.touch(key)
+        self._policy = policy
+        if self._quotas.are_set:
+            new = [key for key in self._entries if key not in seen]
+            for key in itertools.chain(seen, new, self._uses):
+                if key in self._entries:
+                    self._by_tenant[self._entries[key].tenant].move_to_end(key)
 
     # Pins. A pinned record is none of the policy's: no search has to pass it.
 
@@ -278,18 +293,6 @@ class TierBooks:
         self._end_pins(now_s)
         order = self._takeable(tenant) if self._quotas.are_set else self._policy.victims()
         return self._candidates(order, is_busy=is_busy, gone=gone)
-
-    def expired(self, now_unix_s: float, ttl_s: float) -> list[ChunkKey]:
-        """Records learned `ttl_s` ago or earlier, pinned ones too; they stay in the books until they are removed.
-
-        A record that does not say when it was learned counts as learned when this was first asked with it inside.
-
-        Cost:
-            O(n) at the first call, then O(log n) for every record that came in since or is returned.
-        """
-        if self._ages is None:
-            self._ages = Ages((key, entry.learned_unix_s) for key, entry in self._entries.items())
-        return self._ages.expired(now_unix_s, ttl_s=ttl_s)
 
     def _candidates(
         self,

@@ -258,14 +258,6 @@ class FileTier:
         is_ours, was_known = self._ledger.begin_drop(key)
         return is_ours and (self._delete(key) or was_known)
 
-    def expire(self, *, now_unix_s: float, ttl_s: float) -> int:
-        """Delete records that were learned `ttl_s` ago or earlier; how many."""
-        keys = self._ledger.expired(now_unix_s, ttl_s)
-        for key in keys:
-            self.drop(key)
-            self._on_drop(key)
-        return len(keys)
-
     # Books
 
     def keys(self) -> Iterator[tuple[ChunkKey, int]]:
@@ -470,21 +462,23 @@ class FileTier:
 
     def _read_header(self, key: ChunkKey, page: memoryview) -> bool:
         """Learn of one record of a former life; whether it is news. What is no record is deleted."""
+        if not self._ledger.begin_look(key):
+            return False
         try:
-            entry = self._read_entry(key, page)
+            return self._ledger.note_header(key, self._read_entry(key, page))
         except FileNotFoundError:
             return False
         except (ForeignFileError, OSError) as error:
             log.warning("file_tier_scan_skipped key=%s error=%s", short(key), str(error))
             return False
         except DataError as error:
-            metrics.TIER_READS.labels(self.name, "corrupt").inc()
-            log.warning("file_tier_scan_dropped key=%s error=%s", short(key), str(error))
             if self._ledger.begin_discard(key, seen=None):
+                metrics.TIER_READS.labels(self.name, "corrupt").inc()
+                log.warning("file_tier_scan_dropped key=%s error=%s", short(key), str(error))
                 self._delete(key)
             return False
-        with self._ledger.lock:
-            return self._ledger.findings.note_header(key, entry)
+        finally:
+            self._ledger.end_read(key)
 
     def _read_entry(self, key: ChunkKey, page: memoryview) -> TierEntry:
         num_bytes = self._files.read_start(key, page)

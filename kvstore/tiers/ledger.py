@@ -5,7 +5,7 @@ of threads. Does not cover: the files (`kvstore.tiers.records`), what order they
 
 - A key that is *being written* or is *leaving* belongs to the one thread that writes or deletes its file. For all
   others it is missing; a writer of the same key waits.
-- A key that is *being read* is not evicted: its file would be written over.
+- A key that is *being read*, be it only its header by the scan, is not evicted: its file would be written over.
 - Room is taken in the books before a byte is written, so that writes under way are counted.
 """
 
@@ -38,6 +38,7 @@ class Ledger:
         self.findings = Findings()
         self._settled = threading.Condition(self.lock)
         self._books = books
+        self._entry_of = books.find
         self._capacity_bytes = capacity_bytes
         self._clock = clock
         self._spares = Spares()
@@ -55,7 +56,7 @@ class Ledger:
         Cost:
             0.3 us once the scan is over: without the lock, as each step is atomic and the answer is a hint.
         """
-        entry = self._books.find(key)
+        entry = self._entry_of(key)
         if entry is not None and key not in self._writing and key not in self._leaving:
             return entry, False
         if self.findings.is_complete:
@@ -87,7 +88,7 @@ class Ledger:
                 bytes=stat.bytes + self.findings.bytes,
             )
 
-    # Pins, uses and age
+    # Pins and uses
 
     def pin(self, key: ChunkKey, *, until_s: float) -> bool:
         """Keep a record until a time; False if it is not here, or pins hold too much."""
@@ -111,11 +112,6 @@ class Ledger:
             self._books.touch(key)
             self.findings.note_use(key)
 
-    def expired(self, now_unix_s: float, ttl_s: float) -> list[ChunkKey]:
-        """Records learned `ttl_s` ago or earlier."""
-        with self.lock:
-            return [key for key in self._books.expired(now_unix_s, ttl_s) if key not in self._writing]
-
     # Reading
 
     def begin_read(self, key: ChunkKey, stored_bytes: int) -> TierEntry | None:
@@ -126,6 +122,20 @@ class Ledger:
                 return None
             self._reading[key] += 1
             return entry
+
+    def begin_look(self, key: ChunkKey) -> bool:
+        """As `begin_read`, for the header of a record that is not in the books; whether that is still worth it."""
+        with self.lock:
+            is_owned = key in self._writing or key in self._leaving
+            if is_owned or key in self._books or not self.findings.may_have(key):
+                return False
+            self._reading[key] += 1
+            return True
+
+    def note_header(self, key: ChunkKey, entry: TierEntry) -> bool:
+        """The header of a key that is being looked at is sound; whether that is news and still true."""
+        with self.lock:
+            return key not in self._books and self.findings.note_header(key, entry)
 
     def end_read(self, key: ChunkKey) -> None:
         """The file is not being read any more."""

@@ -40,11 +40,10 @@ class NvmePool:
     Args:
         settings: Folders and bounds.
         quotas: Bytes per tenant over all devices.
-        ttl_s: Age at which `expire` deletes records; None: never.
         max_pinned_ratio: Share of each device that pins may hold.
         sealed: Whether records are sealed ones (`kvstore.tiers.sealed`).
         direct: Whether to bypass the page cache; None finds out per folder.
-        on_drop: Told of every record that left a device by eviction, age or damage, from any thread.
+        on_drop: Told of every record that left a device by eviction or damage, from any thread.
         on_found: Told of records of a former life, some at a time, from any thread, also before this object is made.
         clock: For pauses and deadlines.
 
@@ -58,7 +57,6 @@ class NvmePool:
         settings: NvmeSettings,
         *,
         quotas: Quotas | None = None,
-        ttl_s: float | None = None,
         max_pinned_ratio: float = 0.5,
         sealed: bool = False,
         direct: bool | None = None,
@@ -66,7 +64,6 @@ class NvmePool:
         on_found: Callable[[Sequence[ChunkKey]], None] | None = None,
         clock: Clock | None = None,
     ) -> None:
-        self._ttl_s = ttl_s
         self._buffers = AlignedBuffers()
         self._devices: list[_Device] = []
         self._tiers: list[FileTier] = []
@@ -170,12 +167,6 @@ class NvmePool:
     def drop(self, key: ChunkKey) -> bool:
         """Delete one record from every device."""
         return any([device.tier.drop(key) for device in self._devices])
-
-    def expire(self, *, now_unix_s: float) -> int:
-        """Delete records that are older than the TTL; how many."""
-        if self._ttl_s is None:
-            return 0
-        return sum(device.tier.expire(now_unix_s=now_unix_s, ttl_s=self._ttl_s) for device in self._devices)
 
     def remove_leftovers(self) -> int:
         """Delete temporary files that former lives left and the scans have missed; how many."""

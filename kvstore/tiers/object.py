@@ -34,7 +34,7 @@ from kvstore.policy.quota import Quotas
 from kvstore.settings import ObjectSettings
 from kvstore.tiers.books import TierBooks
 from kvstore.tiers.bucket import Arrival, Bucket, BucketError, BucketLateError, BucketRefusedError, WrongLengthError
-from kvstore.tiers.object_index import ObjectIndex
+from kvstore.tiers.object_index import ObjectIndex, order_by_age
 from kvstore.tiers.object_names import MAX_NAME_CHARS, object_name
 
 log = logging.getLogger(__name__)
@@ -383,10 +383,12 @@ class ObjectTier:
                 changed = self._index.take_page(page)
             self._tell(changed)
         with self._lock:
+            is_first = not self._index.has_listed
             gone, num_foreign = self._index.end_listing()
-            num_objects = len(self._index.books)
+        if is_first:
+            order_by_age(self._index, make_policy(self._settings.policy), lock=self._lock)
         self._tell(gone)
-        log.debug("object_tier_listed objects=%d gone=%d foreign=%d", num_objects, len(gone), num_foreign)
+        log.debug("object_tier_listed objects=%d gone=%d foreign=%d", len(self._index.books), len(gone), num_foreign)
 
     def _note_failed_listing(self, error: BucketError) -> None:
         metrics.TIER_READS.labels(self.name, "error").inc()

@@ -8,11 +8,12 @@ gone, and what was dropped does not come back. Where two objects hold one key (t
 counts, and between equals the greater name, so that all nodes agree.
 """
 
+import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
-from kvstore.interfaces import TierEntry
+from kvstore.interfaces import EvictionPolicy, TierEntry
 from kvstore.keys import ChunkKey
 from kvstore.tiers.books import TierBooks
 from kvstore.tiers.bucket import Listed
@@ -127,9 +128,7 @@ class ObjectIndex:
             self.books.remove(key)
         self._twins = listing.twins
         self._late = {name: num_left - 1 for name, num_left in self._late.items() if num_left > 1}
-        if not self.has_listed:
-            self.has_listed = True
-            self._readmit_by_age()
+        self.has_listed = True
         return gone, listing.num_foreign
 
     def _take(self, listed: Listed, listing: _Listing) -> ChunkKey | None:
@@ -165,17 +164,28 @@ class ObjectIndex:
         self.books.admit(key, entry)
         return key
 
-    def _readmit_by_age(self) -> None:
-        """A first listing comes in the order of names, which says nothing about which records are old."""
-        if self.books.capacity_bytes is None:
-            return
-        unused = [(entry.learned_unix_s, key, entry) for key, entry in self.books.items() if not self.books.uses(key)]
-        for _, key, entry in sorted(unused, key=lambda item: item[:2]):
-            self.books.admit(key, entry)
-
     def _note_own(self, key: ChunkKey) -> None:
         if self._listing is not None:
             self._own_keys.add(key)
+
+
+def order_by_age(index: ObjectIndex, policy: EvictionPolicy, *, lock: threading.Lock) -> None:
+    """Let a new policy see the records in the order in which they were learned.
+
+    A first listing comes in the order of names, which says nothing about which records are old.
+
+    Args:
+        index: After its first listing.
+        policy: The books' from now on.
+        lock: Of the index. Held only for two passes over the keys: lookups wait for it.
+    """
+    with lock:
+        held = list(index.books.items())
+    held.sort(key=lambda item: (item[1].learned_unix_s, item[0]))
+    for key, entry in held:
+        policy.admit(key, entry)
+    with lock:
+        index.books.change_policy(policy, seen=dict(held))
 
 
 def _note_twin(listing: _Listing, key: ChunkKey, name: str) -> None:

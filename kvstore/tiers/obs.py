@@ -28,6 +28,7 @@ from obstore import exceptions
 from obstore.store import ObjectStore
 
 from cluster.errors import UnavailableError
+from kvstore.object_url import S3_SCHEMES
 from kvstore.settings import ObjectSettings
 from kvstore.tiers.bucket import (
     STALE_S,
@@ -43,7 +44,6 @@ from kvstore.tiers.errands import Errands
 from kvstore.tiers.obs_clients import (
     BACKOFF_S,
     MAX_BACKOFF_S,
-    S3_SCHEMES,
     SHORTEST_S,
     Clients,
     brief,

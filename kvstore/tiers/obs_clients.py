@@ -1,6 +1,6 @@
 """obstore's clients for one bucket, by how long a request may take; its errors in our words.
 
-Covers: URLs, options, timeouts, retries, errors. Does not cover: requests (`kvstore.tiers.obs`).
+Covers: options, timeouts, retries, errors. Does not cover: URLs (`kvstore.object_url`), requests (`kvstore.tiers.obs`).
 
 A blocking call of obstore cannot be cancelled, but its client has a timeout for a request as a whole, body included.
 So there is a client for every doubling of the time that one try may take, made when it is first needed (a tenth of a
@@ -14,21 +14,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Final
-from urllib.parse import SplitResult, urlsplit
 
 from obstore import exceptions
 from obstore.store import LocalStore, ObjectStore, from_url
 
 from cluster.errors import LearnonceError, SettingsError
+from kvstore.object_url import S3_SCHEMES, split_object_url
 from kvstore.settings import ObjectSettings
 from kvstore.tiers.bucket import BucketError, BucketLateError, BucketRefusedError
 
-S3_SCHEMES: Final = ("s3", "s3a")
 BACKOFF_S: Final = 0.05
 MAX_BACKOFF_S: Final = 1.0
 SHORTEST_S: Final = 0.05
 """A try of less is not worth making."""
-_SCHEMES: Final = (*S3_SCHEMES, "gs", "az", "adl", "azure", "abfs", "abfss", "file")
 _CLIENT_OPTIONS: Final = frozenset(
     {
         "allow_http", "allow_invalid_certificates", "default_content_type", "http1_only", "http2_only",
@@ -59,7 +57,7 @@ class Clients:
 
     def __init__(self, settings: ObjectSettings) -> None:
         self._settings = settings
-        self._parts = _split_url(settings.url)
+        self._parts = split_object_url(settings.url)
         self.scheme = self._parts.scheme
         self.address = f"{self._parts.scheme}://{self._parts.netloc}{self._parts.path}"
         """For messages."""
@@ -193,26 +191,6 @@ def brief(error: BaseException) -> str:
 
 def _is_panic(error: BaseException) -> bool:
     return type(error).__name__ == "PanicException"
-
-
-def _split_url(url: str) -> SplitResult:
-    """The parts of a URL.
-
-    Raises:
-        SettingsError: Another scheme, or secrets inside; the message does not repeat them.
-    """
-    try:
-        parts = urlsplit(url)
-    except ValueError:
-        raise SettingsError("store.object.url is no URL; for example s3://bucket/prefix") from None
-    if parts.username or parts.password or parts.query:
-        raise SettingsError("store.object.url: credentials and queries do not belong there; use the environment")
-    if parts.scheme not in _SCHEMES or not (parts.netloc or (parts.scheme == "file" and parts.path)):
-        known = ", ".join(f"{scheme}://" for scheme in _SCHEMES)
-        raise SettingsError(
-            f"store.object.url {url!r} is not understood; obstore speaks {known}, pyarrow what begins with arrow+"
-        )
-    return parts
 
 
 def _folder(path: str) -> str:

@@ -192,10 +192,9 @@ class SidecarLife:
         return True
 
     def post(self, slot: LandingSlot, *, agent: str, remote_address: int, num_bytes: int) -> PendingRead | None:
-        """Start a read into a slot that was taken; None (and the slot free) if the sidecar takes no orders."""
+        """Start a read into a slot that was taken; None, and the slot still taken, if the sidecar takes no orders."""
         pending = PendingRead(next(self._numbers), slot)
         if not self.send(Read(pending.number, agent, remote_address, slot.offset, num_bytes)):
-            self.staging.done(slot)
             return None
         self.reads[pending.number] = pending
         return pending

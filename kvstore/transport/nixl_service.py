@@ -218,12 +218,14 @@ class NixlService:
         """
         with self._changed:
             pending = None
-            if life.state is not LifeState.DEAD and life.add_peer(source):
-                pending = life.post(slot, agent=source.agent, remote_address=remote_address, num_bytes=num_bytes)
-            else:
-                life.staging.done(slot)
+            try:
+                if life.state is not LifeState.DEAD and life.add_peer(source):
+                    pending = life.post(slot, agent=source.agent, remote_address=remote_address, num_bytes=num_bytes)
+            finally:
+                if pending is None:
+                    life.staging.done(slot)
+                    self._changed.notify_all()
             if pending is None:
-                self._changed.notify_all()
                 raise NixlUnavailableError("the NIXL sidecar takes no orders: dead or frozen")
             return pending
 

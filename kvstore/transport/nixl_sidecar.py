@@ -33,6 +33,7 @@ import msgspec
 from cluster.errors import LearnonceError, UnavailableError
 from kvstore.transport.nixl_wire import (
     MAX_FRAME_BYTES,
+    MAX_METADATA_BYTES,
     AddPeer,
     Config,
     Done,
@@ -103,6 +104,11 @@ class Agent:
             self.metadata = bytes(self._agent.getLocalMD())
         except Exception as error:  # the bindings raise many kinds, and another build may lack a name
             raise AgentError(f"{self.library} has no usable UCX backend: {_words(error)}") from error
+        if len(self.metadata) > MAX_METADATA_BYTES:
+            raise AgentError(
+                f"the agent's metadata has {len(self.metadata)} bytes, more than {MAX_METADATA_BYTES}: name fewer "
+                "devices in nixl.net_devices"
+            )
 
     def add_peer(self, agent: str, metadata: bytes) -> None:
         """Make a peer known; what is wrong with it comes out at the first read."""

@@ -27,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cluster.errors import InvariantError, SettingsError
+from kvstore.settings import MIN_STAGING_BYTES
 from kvstore.tiers.extents import ExtentAllocator
 from kvstore.transport.nixl_wire import HEAD, MAGIC, STILL_S, NixlUnavailableError
 
@@ -35,7 +36,6 @@ MIN_PIECE_BYTES: Final = 1 << 20
 """Smaller reads cost several times more per byte (measured)."""
 MAX_PIECE_BYTES: Final = 2 << 20
 """Larger pieces are hardly faster (measured); smaller ones let early layers be used sooner."""
-MIN_STAGING_BYTES: Final = 8 << 20
 _WANTED_SLOTS: Final = 16
 
 

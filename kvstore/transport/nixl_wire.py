@@ -20,6 +20,8 @@ from kvstore.transport import MAX_HANDLE_BYTES, OfferRefusedError, PeerGoneError
 
 MAX_FRAME_BYTES: Final = 64 << 10
 """Largest control message; metadata of an agent is 0.3 to 0.5 KB with TCP (measured)."""
+MAX_METADATA_BYTES: Final = MAX_FRAME_BYTES - (4 << 10)
+"""Of one agent; the rest of a frame is for names."""
 TOKEN_BYTES: Final = 16
 HEAD: Final = struct.Struct("<8s16sQ32x")
 """In front of a staged record: magic, token of the offer, length of the record."""
@@ -95,9 +97,13 @@ def decode_address(data: bytes, *, secret: bytes) -> Address:
     """Believe or refuse an address.
 
     Raises:
-        OfferRefusedError: Forged, cut, changed, or signed with another secret.
+        OfferRefusedError: Forged, cut, changed, signed with another secret, or too long for this node's sidecar.
     """
     address = _open(data, Address, secret, _ADDRESS_PURPOSE)
+    if len(msgspec.msgpack.encode(AddPeer(address.agent, address.metadata))) > MAX_FRAME_BYTES:
+        raise OfferRefusedError(
+            f"the address of a NIXL agent has {len(data)} bytes; a sidecar takes at most {MAX_FRAME_BYTES}"
+        )
     if address.base <= 0 or address.size_bytes <= 0 or not address.metadata:
         raise OfferRefusedError(f"the address of NIXL agent {address.agent} describes no memory")
     return address

@@ -20,7 +20,8 @@ from typing import Final
 import numpy as np
 
 from cluster.errors import LearnonceError
-from kvstore.connection import StoreConnection, StoreRefusedError, StoreUnreachableError
+from kvstore.connection import StoreConnection
+from kvstore.handshake import StoreRefusedError, StoreUnreachableError
 from kvstore.interfaces import OnBytes
 from kvstore.protocol import Place, Redeem, Redeemed
 from kvstore.transport import LandingError, Offer, OfferRefusedError, PeerGoneError, TransferCorruptError

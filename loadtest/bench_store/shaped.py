@@ -28,8 +28,8 @@ SAMPLE_BYTES: Final = 240 * _MIB
 NUM_STREAMS: Final = 4
 DELAY_S: Final = 0.005
 _TOOLS: Final = ("ip", "tc", "iperf3")
-_HOLDER_HOST: Final = "10.255.77.1"
-_READER_HOST: Final = "10.255.77.2"
+HOLDER_HOST: Final = "10.255.77.1"
+READER_HOST: Final = "10.255.77.2"
 _IPERF_PORT: Final = 5201
 _COMMAND_S: Final = 30.0
 
@@ -77,12 +77,14 @@ class ShapedLink:
 
     Args:
         delay_s: Added in each direction.
+        rate: Of each direction, in the words of `tc`.
 
     Raises:
         LinkUnavailableError: The system refuses; its words are in the message.
     """
 
-    def __init__(self, *, delay_s: float = 0.0) -> None:
+    def __init__(self, *, delay_s: float = 0.0, rate: str = RATE) -> None:
+        self._rate = rate
         name = f"lob{os.getpid()}"
         self._names = (f"{name}h", f"{name}r")
         self._guard = subprocess.Popen(
@@ -127,15 +129,15 @@ class ShapedLink:
         for name in self._names:
             _run(["ip", "netns", "add", name])
         _run(["ip", "-n", holder, "link", "add", "link0", "type", "veth", "peer", "name", "link0", "netns", reader])
-        for name, host in zip(self._names, (_HOLDER_HOST, _READER_HOST), strict=True):
+        for name, host in zip(self._names, (HOLDER_HOST, READER_HOST), strict=True):
             _run(["ip", "-n", name, "addr", "add", f"{host}/30", "dev", "link0"])
             _run(["ip", "-n", name, "link", "set", "link0", "up"])
             _run(["ip", "-n", name, "link", "set", "lo", "up"])
             shape = ["tc", "-n", name, "qdisc", "add", "dev", "link0", "root"]
             if delay_s:
-                _run([*shape, "netem", "rate", RATE, "delay", f"{delay_s * 1e6:.0f}us", "limit", "10000"])
+                _run([*shape, "netem", "rate", self._rate, "delay", f"{delay_s * 1e6:.0f}us", "limit", "10000"])
             else:
-                _run([*shape, "tbf", "rate", RATE, "burst", "512kb", "latency", "20ms"])
+                _run([*shape, "tbf", "rate", self._rate, "burst", "512kb", "latency", "20ms"])
 
 
 def _guard_script(names: Sequence[str]) -> str:
@@ -156,7 +158,7 @@ def _run(command: Sequence[str]) -> str:
 
 def _measure(link: ShapedLink, *, repeats: int) -> dict[str, Any]:
     ends: dict[str, Any] = {
-        "host": _HOLDER_HOST,
+        "host": HOLDER_HOST,
         "holder_prefix": link.holder_prefix,
         "reader_prefix": link.reader_prefix,
     }
@@ -195,7 +197,7 @@ def _iperf(link: ShapedLink) -> float:
 
 def _wait_for_iperf(link: ShapedLink) -> float:
     """Ask until the server listens."""
-    client = ["iperf3", "--client", _READER_HOST, "--port", str(_IPERF_PORT), "--json"]
+    client = ["iperf3", "--client", READER_HOST, "--port", str(_IPERF_PORT), "--json"]
     client += ["--parallel", str(NUM_STREAMS), "--bytes", str(SAMPLE_BYTES)]
     stop_s = time.monotonic() + _COMMAND_S
     pause = threading.Event()

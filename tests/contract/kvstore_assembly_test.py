@@ -56,6 +56,42 @@ def stats_of(client: NodeStoreClient) -> Stats:
     return found[-1]
 
 
+@pytest.mark.parametrize("encrypt_then", [True, False], ids=["switched on", "switched off"])
+def test_verify_removes_what_another_kind_of_store_left_in_the_bucket(tmp_path: Path, encrypt_then: bool) -> None:
+    """Names of objects do not tell whether a record is encrypted: only reading does, and this reads all."""
+    socket_path, environment = str(tmp_path / "s"), {STORE_KEY_VARIABLE: "5a" * 32}
+    bucket = tmp_path / "bucket"
+
+    def serve(encrypt: bool) -> StoreProcess:
+        chosen = settings(tmp_path, encrypt=encrypt).model_copy(update={"nvme": None})
+        return StoreProcess(chosen, secret=SECRET, socket_path=socket_path, environment=environment)
+
+    def objects() -> list[Path]:
+        return list(bucket.rglob("*.rec"))
+
+    with serve(not encrypt_then) as process:
+        client = NodeStoreClient(socket_path, secret=SECRET, client_name="test")
+        write_all(client)
+        wait_until(lambda: len(objects()) == NUM_CHUNKS, what="objects")
+        client.close()
+        process.stop()
+    with serve(encrypt_then):
+        client = NodeStoreClient(socket_path, secret=SECRET, client_name="test")
+        wait_until(lambda: stats_of(client).tiers["object"].chunks == NUM_CHUNKS, what="the listing")
+        done = client.verify(deadline_s=SOON_S)
+        assert done is not None
+        assert (done.good, done.bad, done.unread) == (0, NUM_CHUNKS, 0)
+        wait_until(lambda: not objects(), what="the objects to be deleted")
+        write_all(client)
+        wait_until(lambda: len(objects()) == NUM_CHUNKS, what="objects of this kind")
+        client.close()
+
+
+def write_all(client: NodeStoreClient) -> None:
+    for index in range(NUM_CHUNKS):
+        write_chunk(client, index, SIZE)
+
+
 def fill(client: NodeStoreClient) -> None:
     for index in range(NUM_CHUNKS):
         write_chunk(client, index, SIZE)

@@ -16,10 +16,12 @@ import pytest
 from obstore.store import from_url
 from support.moto_server import REGION, make_bucket, moto_server
 
+from kvstore.container import encode_record, stored_bytes
 from kvstore.interfaces import Tier
 from kvstore.keys import ChunkKey
 from kvstore.settings import ObjectSettings
 from kvstore.testing.s3 import S3Process
+from kvstore.testing.samples import sample_key, sample_meta, sample_payload
 from kvstore.testing.tier import DurableTierContract
 from kvstore.tiers.object import ObjectTier, open_object_tier
 from kvstore.tiers.object_names import object_name
@@ -170,3 +172,33 @@ def _moto_options(endpoint: str) -> dict[str, str]:
 
 def _exists(fd: str) -> bool:
     return os.path.lexists(f"/proc/self/fd/{fd}")
+
+
+@pytest.mark.parametrize("policy", ["cost", "lru", "s3fifo", "arc"])
+def test_restarted_node_evicts_the_oldest_objects_first(tmp_path: Path, policy: str) -> None:
+    """Whatever their names: a listing comes in the order of names, and the books must not take that for their age."""
+
+    def put(tier: ObjectTier, index: int) -> None:
+        record = encode_record(sample_key(index), sample_meta(), sample_payload(index, 5000))
+        assert tier.put(sample_key(index), memoryview(record))
+
+    room_bytes = 6 * stored_bytes(5000)
+    values = {"url": f"file://{tmp_path}/bucket", "capacity_bytes": room_bytes, "policy": policy, "refresh_s": NEVER_S}
+    settings = ObjectSettings.model_validate(values)
+    first = open_object_tier(settings)
+    assert first.refresh()
+    for index in range(6):
+        put(first, index)
+    first.close()
+    by_name = sorted(range(6), key=lambda index: sample_key(index).hex())
+    by_age = by_name[::-1]
+    for age, index in enumerate(by_age):
+        (path,) = (tmp_path / "bucket").rglob(f"{sample_key(index).hex()}*.rec")
+        os.utime(path, (1000 + age, 1000 + age))
+    second = open_object_tier(settings)
+    assert second.refresh()
+    for number, index in enumerate(by_age[:3]):
+        put(second, 100 + number)
+        assert not second.contains(sample_key(index))
+    assert all(second.contains(sample_key(index)) for index in by_age[3:])
+    second.close()

@@ -8,9 +8,11 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-from cluster.errors import UnavailableError
+from cluster import store_cli
+from cluster.errors import CallerError, UnavailableError
 from cluster.store_cli import store
 from kvstore.client import NodeStoreClient
+from kvstore.keys import tenant_of
 from kvstore.settings import NvmeSettings, StoreSettings
 from kvstore.testing import StoreProcess
 from kvstore.testing.poll import wait_until
@@ -102,6 +104,38 @@ def test_gc_removes_what_crashes_left(running):
 def test_store_that_is_away_is_an_error_that_names_it(running):
     process, _, _ = running
     process.kill()
+    assert "the node store one cannot be reached: no store at" in failure(process)
+    assert "`learnonce status`" in failure(process)
+
+
+def test_store_of_another_cluster_is_told_from_one_that_is_away(running, monkeypatch):
+    process, _, _ = running
+    monkeypatch.setenv(SECRET_VARIABLE, secrets.token_hex(32))
+    assert "the node store one refuses this command" in failure(process)
+    assert SECRET_VARIABLE in failure(process)
+
+
+def test_store_that_hangs_is_told_from_one_that_is_away(running, monkeypatch):
+    process, _, _ = running
+    monkeypatch.setattr(store_cli, "_QUICK_S", 0.3)
+    monkeypatch.setattr(store_cli.NodeStoreClient, "_ask", lambda client, connection, *_: client.away)
+    assert "the node store one runs, but does not answer in time" in failure(process)
+
+
+def failure(process):
     result = run(process, "stat")
-    assert isinstance(result.exception, UnavailableError)
-    assert "the node store one does not answer" in str(result.exception)
+    assert isinstance(result.exception, UnavailableError), result.output
+    return str(result.exception)
+
+
+@pytest.mark.parametrize(("words", "typed"), [(["customer 7"], ""), ([], "customer 7\n"), ([], "customer 7")])
+def test_tenant_of_a_salt(words, typed):
+    """From the arguments, or from standard input: a salt may be a secret."""
+    result = CliRunner().invoke(store, ["tenant", *words], input=typed)
+    assert result.exit_code == 0, result.output
+    assert result.output == f"{tenant_of('customer 7')}\n"
+
+
+def test_no_salt_has_no_tenant():
+    result = CliRunner().invoke(store, ["tenant"], input="\n")
+    assert isinstance(result.exception, CallerError)

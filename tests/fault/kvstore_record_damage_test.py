@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 
-from kvstore.container import ALIGN, encode_record
-from kvstore.interfaces import ChunkMeta
+from kvstore.container import ALIGN
 from kvstore.testing.samples import sample_key
 from kvstore.testing.tier import record_of
 from kvstore.tiers.file import FileTier
@@ -192,27 +191,6 @@ def test_times_in_the_future_change_nothing_but_the_order(folder: Path) -> None:
     assert tier.get(KEY) == RECORD
     assert tier.put(sample_key(3), memoryview(record_of(3, PAYLOAD_BYTES)))
     assert not tier.contains(sample_key(2))
-    tier.close()
-
-
-def test_learned_in_the_future_or_at_no_time_is_kept(folder: Path) -> None:
-    """The age of a record counts from when it was learned; a clock that jumped back expires nothing early."""
-    tier = open_tier(folder)
-    times = {1: 1e12, 2: 0.0, 3: 100.0}
-    for index, learned_unix_s in times.items():
-        meta = ChunkMeta(
-            num_tokens=1,
-            num_layers=1,
-            num_kv_heads=1,
-            head_dim=1,
-            dtype="float32",
-            base_position=0,
-            learned_unix_s=learned_unix_s,
-        )
-        assert tier.put(sample_key(index), memoryview(encode_record(sample_key(index), meta, b"x")))
-    assert tier.expire(now_unix_s=1000.0, ttl_s=500.0) == 1
-    assert dict(tier.keys()).keys() == {sample_key(1), sample_key(2)}
-    assert not path_of(folder, 3).exists()
     tier.close()
 
 

@@ -15,7 +15,8 @@ import msgspec
 import pytest
 
 from kvstore.client import NodeStoreClient
-from kvstore.connection import StoreConnection, StoreRefusedError, StoreUnreachableError
+from kvstore.connection import StoreConnection
+from kvstore.handshake import StoreRefusedError, StoreUnreachableError
 from kvstore.node import NodeStore
 from kvstore.peer_protocol import Lend, holder_mac, puller_mac
 from kvstore.protocol import (

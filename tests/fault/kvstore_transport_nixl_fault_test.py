@@ -206,7 +206,9 @@ def test_late_bytes_land_in_quarantine_only(service: NixlService, peer: PeerProc
 
 def test_too_much_in_quarantine_replaces_the_agent(peer: PeerProcess) -> None:
     """By another process with other memory, while the old one still ends what it has."""
-    service = nixl_service("puller-b", staging_bytes=16 << 20, quarantine_ratio=0.3)
+    # One slot of seven is too much: on a busy machine the peer takes so long to freeze that all but the last piece
+    # of the three under way have landed, and are in no quarantine.
+    service = nixl_service("puller-b", staging_bytes=16 << 20, quarantine_ratio=0.1)
     client = NixlTransport(service, address=peer.address)
     offer = peer.offer(1, 16 * MIB)
     pull(client, offer, 1)

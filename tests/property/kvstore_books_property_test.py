@@ -21,7 +21,7 @@ TENANTS = ("", "a", "b")
 KEYS = [sample_key(index) for index in range(24)]
 
 
-def entry(stored_bytes: int, *, tenant: str = "", learned_unix_s: float = 0.0, position: int = 0) -> TierEntry:
+def entry(stored_bytes: int, *, tenant: str = "", position: int = 0) -> TierEntry:
     return TierEntry(
         payload_bytes=stored_bytes,
         stored_bytes=stored_bytes,
@@ -29,7 +29,6 @@ def entry(stored_bytes: int, *, tenant: str = "", learned_unix_s: float = 0.0, p
         base_position=position,
         codec="raw",
         tenant=tenant,
-        learned_unix_s=learned_unix_s,
     )
 
 
@@ -75,8 +74,8 @@ class BooksMachine(RuleBasedStateMachine):
     def used(self, tenant: str) -> int:
         return sum(held.stored_bytes for held in self.model.values() if held.tenant == tenant)
 
-    @rule(key=keys, tenant=tenants, size=st.integers(1, 40), learned=st.integers(0, 50), position=st.integers(0, 99))
-    def store(self, key: ChunkKey, tenant: str, size: int, learned: int, position: int) -> None:
+    @rule(key=keys, tenant=tenants, size=st.integers(1, 40), position=st.integers(0, 99))
+    def store(self, key: ChunkKey, tenant: str, size: int, position: int) -> None:
         if key in self.model:
             return
         before = dict(self.model)
@@ -90,7 +89,7 @@ class BooksMachine(RuleBasedStateMachine):
             assert self.pins.get(victim, self.now_s) <= self.now_s
             del self.model[victim]
             self.pins.pop(victim, None)
-        added = entry(size, tenant=tenant, learned_unix_s=float(learned), position=position)
+        added = entry(size, tenant=tenant, position=position)
         self.books.admit(key, added)
         self.model[key] = added
         assert sum(held.stored_bytes for held in self.model.values()) <= self.high_bytes
@@ -131,16 +130,6 @@ class BooksMachine(RuleBasedStateMachine):
     @rule(seconds=st.integers(1, 4))
     def time_passes(self, seconds: int) -> None:
         self.now_s += seconds
-
-    @rule(now=st.integers(40, 120))
-    def expire(self, now: int) -> None:
-        dated = {key for key, held in self.model.items() if held.learned_unix_s and held.learned_unix_s + 30 <= now}
-        found = self.books.expired(float(now), 30.0)
-        assert len(set(found)) == len(found)
-        assert dated <= set(found)
-        assert all(not self.model[key].learned_unix_s for key in set(found) - dated)
-        for key in found:
-            self.remove(key, False)
 
     @invariant()
     def books_balance(self) -> None:

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from kvstore import metrics
 from kvstore.container import encode_record, stored_bytes
 from kvstore.keys import ChunkKey
 from kvstore.settings import NvmeSettings
@@ -138,6 +139,8 @@ def test_threads_during_a_scan_at_the_capacity_limit(tmp_path: Path, seed: int, 
     first.close()
     tier = FileTier(tmp_path, capacity_bytes=room, low_ratio=0.8, direct=direct)
     wrong: list[str] = []
+    corrupt = metrics.TIER_READS.labels("nvme", "corrupt")
+    corrupt_before = corrupt._value.get()
 
     def work(number: int) -> None:
         draw = random.Random(f"{seed}/{number}")
@@ -165,6 +168,7 @@ def test_threads_during_a_scan_at_the_capacity_limit(tmp_path: Path, seed: int, 
     for thread in threads:
         thread.join(60.0)
     assert not wrong
+    assert corrupt._value.get() == corrupt_before, "a file was written over while it was read"
     assert tier.wait_scanned(10.0)
     on_disk = {ChunkKey(bytes.fromhex(path.stem)): path.stat().st_size for path in tmp_path.rglob("*.rec")}
     assert dict(tier.keys()) == on_disk

@@ -10,7 +10,6 @@ from kvstore.container import (
     ALIGN,
     MAX_TENANT_CHARS,
     RecordVerifier,
-    copy_verified,
     encode_record,
     parse_header,
     parse_record,
@@ -78,15 +77,3 @@ def test_arrival_in_any_steps_is_judged_as_the_whole(steps: list[int], flipped: 
     else:
         assert flipped is None
         assert header == parse_record(record, expected_key=KEY)[0]
-
-
-@given(st.integers(1, 1_200_000), st.none() | st.floats(0, 1, exclude_max=True))
-@settings(deadline=None, max_examples=30)
-def test_copies_of_any_length_are_checked(length: int, flipped: float | None) -> None:
-    payload = bytearray(sample_payload(1, length))
-    header, _ = parse_record(encode_record(KEY, sample_meta(), bytes(payload)))
-    if flipped is not None:
-        payload[int(flipped * length)] ^= 1
-    target = bytearray(length)
-    assert copy_verified(header, memoryview(payload), memoryview(target)) == (flipped is None)
-    assert target == payload

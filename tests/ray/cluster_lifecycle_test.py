@@ -128,6 +128,7 @@ def test_taken_port_and_unknown_setting_are_one_message_and_status_2(cluster, tm
         ({"engine.kind": "vllm", "engine.model": "/no/such/folder"}, ["no model '/no/such/folder'"]),
         ({"engine.kind": "vllm", "engine.model": "NoSuchModel"}, ["no model 'NoSuchModel'", "owner/name"]),
         ({"store.host_bytes": 1 << 45}, ["GiB", "store.host_bytes"]),
+        ({"store.encrypt_at_rest": True}, ["LEARNONCE_STORE_KEY is not set", "openssl rand -hex 32"]),
     ],
 )
 def test_what_cannot_start_says_why(tmp_path, override, words):
@@ -196,13 +197,21 @@ def test_down_after_the_supervisor_was_killed_leaves_nothing(tmp_path):
     assert all(psutil.pid_exists(pid) for pid in strangers & {os.getpid(), os.getppid()})
 
 
-def test_interrupted_start_leaves_nothing(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_start_leaves_nothing(tmp_path, number):
     live = LiveCluster(tmp_path, NOOP, name="interrupted")
     values = {"cluster.name": live.name, "cluster.port": live.port, "cluster.state_dir": str(tmp_path), **NOOP}
     settings = [word for name, value in values.items() for word in ("--set", f"{name}={json.dumps(value)}")]
-    command = subprocess.Popen([*LEARNONCE, "up", *settings], stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    # A shell without job control makes what it runs in the background, these tests too, ignore SIGINT.
+    command = subprocess.Popen(
+        [*LEARNONCE, "up", *settings],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     until(lambda: live.state() and len(live.processes()) > 3, within_s=60, what="Ray is starting")
-    command.send_signal(signal.SIGINT)
+    assert command.poll() is None, "the case is about a start under way"
+    command.send_signal(number)
     began_s = time.monotonic()
     command.communicate(timeout=60)
     assert command.returncode == 130

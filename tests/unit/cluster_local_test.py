@@ -71,6 +71,31 @@ def test_sweep_ends_what_ignores_sigterm(start, monkeypatch):
     assert ended(deaf)
 
 
+def test_sweep_ends_what_others_start_while_they_end(start):
+    """A supervisor that is told to stop in the middle of its start may have one more process to start."""
+    heir = "import signal, subprocess, sys; subprocess.Popen([sys.executable, '-c', 'import signal; signal.pause()'])"
+    code = f"import os, signal; signal.signal(signal.SIGTERM, lambda *_: exec({heir + '; os._exit(0)'!r}));"
+    parent = start("id-4", code + WAIT)
+    local.sweep("id-4")
+    assert ended(parent)
+    assert local.processes_of("id-4") == []
+
+
+def test_supervisor_that_cannot_be_noted_is_ended(tmp_path, monkeypatch):
+    """Nobody else would know of it: no state, no runtime folder."""
+    folder, known = local.StateFolder(tmp_path, "t"), []
+
+    def interrupted(state):
+        known.append(state)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(folder, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        local.spawn_supervisor(folder, "{}", name="t", url="http://x")
+    assert not psutil.pid_exists(known[0].supervisor_pid)
+    assert not os.path.exists(known[0].runtime_dir)
+
+
 def test_a_reused_pid_is_not_the_supervisor(start):
     stranger = start()
     assert not local.is_alive(state_of(stranger.pid))

@@ -1,5 +1,7 @@
 """What settings mean on a machine."""
 
+from pathlib import Path
+
 import pytest
 
 from cluster.errors import SettingsError
@@ -88,6 +90,17 @@ def test_two_clusters_on_one_machine_share_no_folder():
 
 def test_no_disks_stay_none():
     assert resolve(settings(store={"nvme": None}), machine(), model_path="/m").store.nvme is None
+
+
+def test_tls_files_are_found_from_another_folder(tmp_path, monkeypatch):
+    """Paths on other nodes are theirs."""
+    monkeypatch.chdir(tmp_path)
+    tls = {"certificate": "node.pem", "key": "~/node.key", "authority": "/etc/a.pem"}
+    found = resolve(settings(store={"tls": tls}), machine(), model_path="/m").store.tls
+    assert (found.certificate, found.authority) == (str(tmp_path / "node.pem"), "/etc/a.pem")
+    assert found.key == str(Path("~/node.key").expanduser())
+    elsewhere = settings(store={"tls": tls}, cluster={"address": "auto", "host": "0.0.0.0"})
+    assert resolve(elsewhere, machine(), model_path="/m").store.tls.certificate == "node.pem"
 
 
 def test_loopback_on_a_cluster_of_machines_is_refused():

@@ -80,6 +80,27 @@ def test_settings_survive_the_way_to_another_process():
     assert settings_from_json(to_json(settings)) == settings
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "store: {file: {folder: /a}}",
+            "store.file: renamed: use nvme, whose `folders` is a list, one folder per device",
+        ),
+        ("store: {snapshot_port: 8000}", "store.snapshot_port and cluster.port are both 8000"),
+        ("store: {nvme: {low_ratio: 0.8, high_ratio: 0.7}}", "store.nvme: low_ratio 0.8 must not be above high_ratio"),
+        ("store: {object: {url: 's3://u:hush@b/p'}}", "store.object.url: credentials and queries do not belong"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_named(tmp_path, text, expected):
+    file = tmp_path / "wrong.yaml"
+    file.write_text(text)
+    with pytest.raises(SettingsError) as caught:
+        read_settings(str(file))
+    assert expected in str(caught.value)
+    assert "hush" not in str(caught.value)
+
+
 def test_hint_sees_groups_that_may_be_null() -> None:
     with pytest.raises(SettingsError, match=r"store\.nvme\.folder: unknown setting; did you mean 'folders'\?"):
         load_settings(Settings, {"store": {"nvme": {"folder": "/a"}}}, source="here")

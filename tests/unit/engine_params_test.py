@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from kvstore.engine.params import (
     MAX_SPANS,
     ChunkSpan,
+    Handoff,
     TransferParamsError,
     build_transfer_params,
     parse_transfer_params,
@@ -60,6 +61,8 @@ def test_others_parameters_are_not_ours(raw: Any) -> None:
         ({"tenant": "customer 7"}, "tenant"),
         ({"tenant": "0" * 17}, "tenant"),
         ({"tenant": 5}, "tenant"),
+        ({"handoff": "everywhere"}, "handoff"),
+        ({"handoff": 5}, "handoff"),
         ({"load_deadline_s": -1}, "load_deadline_s"),
         ({"load_deadline_s": float("nan")}, "load_deadline_s"),
         ({"load_deadline_s": True}, "load_deadline_s"),
@@ -81,6 +84,14 @@ def test_a_salt_travels_as_its_tenant_only() -> None:
     without = parse_transfer_params(build_transfer_params(load_deadline_s=1.0), num_prompt_tokens=9)
     assert without is not None
     assert without.tenant == ""
+
+
+@pytest.mark.parametrize("handoff", ["none", "local", "remote"])
+def test_who_waits_for_the_chunks_travels(handoff: Handoff) -> None:
+    raw = build_transfer_params(load_deadline_s=1.0, handoff=handoff)
+    params = parse_transfer_params(raw, num_prompt_tokens=9)
+    assert params is not None
+    assert params.handoff == handoff
 
 
 _JSON = st.recursive(

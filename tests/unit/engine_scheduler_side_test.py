@@ -42,10 +42,10 @@ def spans(*edges: int) -> list[ChunkSpan]:
 
 
 def make(
-    prompt: int, *, load: Sequence[ChunkSpan] = (), save: Sequence[ChunkSpan] = (), cache_salt: str = ""
+    prompt: int, *, load: Sequence[ChunkSpan] = (), save: Sequence[ChunkSpan] = (), **options: Any
 ) -> tuple[SchedulerSide, Request]:
     side = SchedulerSide(block_size=BLOCK, tally=Tally())
-    request = Request(prompt, build_transfer_params(load=load, save=save, load_deadline_s=2.0, cache_salt=cache_salt))
+    request = Request(prompt, build_transfer_params(load=load, save=save, load_deadline_s=2.0, **options))
     side.add_request(request)
     return side, request
 
@@ -139,6 +139,13 @@ def test_saves_are_due_once_when_their_last_token_is_computed() -> None:
 def test_saves_carry_the_requests_tenant() -> None:
     side, _ = make(80, save=spans(0, 10), cache_salt="a salt")
     assert [op.tenant for op in step(side, 0, 80)[1]] == [tenant_of("a salt")]
+
+
+def test_saves_carry_who_waits_for_them_and_steps_how_much_they_compute() -> None:
+    side, _ = make(80, save=spans(0, 10), handoff="remote")
+    scheduled = [ScheduledRequest(request_id="r", num_computed_tokens=0, num_scheduled_tokens=80)]
+    ops = side.take_step(scheduled, blocks_of=lambda _: range(3))
+    assert ([op.handoff for op in ops.saves], ops.num_tokens) == (["remote"], 80)
 
 
 def test_prefix_hit_is_saved_in_the_first_step() -> None:

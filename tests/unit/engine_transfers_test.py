@@ -10,10 +10,14 @@ import pytest
 import torch
 
 from kvstore.codecs import codec_by_name
-from kvstore.engine.loader import Loader, LoadResult
+from kvstore.engine.coding import Coding
+from kvstore.engine.loader import Loader, LoadLimits, LoadResult
 from kvstore.engine.ops import LoadOp, SaveOp
 from kvstore.engine.params import ChunkSpan
+from kvstore.engine.profiles import ProfileShelf
 from kvstore.engine.saver import Saver
+from kvstore.engine.settings import ConnectorSettings
+from kvstore.engine.speeds import SpeedMeter
 from kvstore.engine.tally import Tally
 from kvstore.interfaces import ChunkMeta
 from kvstore.testing import Fault, FaultyStoreClient, MemoryStore, MemoryStoreClient
@@ -105,17 +109,24 @@ class Rig:
         self.client: Any = MemoryStoreClient(self.store)
         self.blocks = TensorBlocks()
         self.tally = Tally()
+        self.meter = SpeedMeter()
         self.now_s = 100.0
         self.counts: dict[str, int] = {}
         self._closers: list[Callable[[], None]] = []
 
-    def loader(self, *, step_bytes: int = 1 << 20) -> Loader:
+    def coding(self) -> Coding:
+        model = self.blocks.meta(num_tokens=1, base_position=0)
+        shelf = ProfileShelf(store=lambda: self.client)
+        return Coding(ConnectorSettings(), shelf=shelf, meter=self.meter, model=model)
+
+    def loader(self, *, step_bytes: int = 1 << 20, store: Any = None) -> Loader:
         loader = Loader(
-            store=lambda: self.client,
+            store=store or (lambda: self.client),
             blocks=self.blocks,
+            coding=self.coding(),
             tally=self.tally,
-            num_threads=2,
-            step_bytes=step_bytes,
+            limits=LoadLimits(num_threads=2, num_decoders=2, step_bytes=step_bytes, staging_bytes=1 << 20),
+            meter=self.meter,
             now_s=lambda: self.now_s,
         )
         self._closers.append(loader.close)
@@ -123,7 +134,12 @@ class Rig:
 
     def saver(self, *, staging_bytes: int = 1 << 20) -> Saver:
         saver = Saver(
-            store=lambda: self.client, blocks=self.blocks, tally=self.tally, staging_bytes=staging_bytes, deadline_s=1.0
+            store=lambda: self.client,
+            blocks=self.blocks,
+            coding=self.coding(),
+            tally=self.tally,
+            staging_bytes=staging_bytes,
+            deadline_s=1.0,
         )
         self._closers.append(saver.close)
         return saver
@@ -217,10 +233,8 @@ def test_a_store_that_fails_costs_the_load(rig: Rig) -> None:
     def broken() -> Any:
         raise OSError("no store")
 
-    loader = Loader(store=broken, blocks=rig.blocks, tally=rig.tally, num_threads=1, step_bytes=1)
-    assert rig.run(loader, op()).bad_blocks == set(BLOCK_IDS)
+    assert rig.run(rig.loader(store=broken), op()).bad_blocks == set(BLOCK_IDS)
     assert rig.count("load_failures.store_error") == 1
-    loader.close()
 
 
 def test_blocks_that_fail_cost_the_load(rig: Rig) -> None:
@@ -244,10 +258,10 @@ class HangingClient(MemoryStoreClient):
         self.go_on = threading.Event()
         self.entered = threading.Event()
 
-    def read(self, keys: Sequence[Any], *, deadline_s: float) -> list[Any]:
+    def stream(self, key: Any, *, deadline_s: float) -> Any:
         self.entered.set()
         self.go_on.wait(60)
-        return super().read(keys, deadline_s=deadline_s)
+        return super().stream(key, deadline_s=deadline_s)
 
 
 @pytest.mark.parametrize("dropped", [False, True])

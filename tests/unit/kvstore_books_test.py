@@ -1,4 +1,4 @@
-"""The books of a tier, case by case: room, quotas, shares, pins, age.
+"""The books of a tier, case by case: room, quotas, shares, pins.
 
 Covers: what an owner may rely on. Does not cover: random histories (`tests/property`).
 """
@@ -30,7 +30,7 @@ def make(
     )
 
 
-def entry(stored_bytes: int = 10, *, tenant: str = "", learned_unix_s: float = 0.0) -> TierEntry:
+def entry(stored_bytes: int = 10, *, tenant: str = "") -> TierEntry:
     return TierEntry(
         payload_bytes=stored_bytes,
         stored_bytes=stored_bytes,
@@ -38,7 +38,6 @@ def entry(stored_bytes: int = 10, *, tenant: str = "", learned_unix_s: float = 0
         base_position=0,
         codec="raw",
         tenant=tenant,
-        learned_unix_s=learned_unix_s,
     )
 
 
@@ -256,47 +255,3 @@ class TestPins:
         victims = books.victims(tenant="", now_s=0.0, is_busy=lambda victim: bool(looked.append(victim)))
         assert next(victims) == key("a")
         assert looked == [key("a")]
-
-
-class TestAge:
-    def test_old_records_are_found_oldest_first(self) -> None:
-        books = make()
-        for name, learned_s in (("new", 100.0), ("old", 10.0), ("older", 5.0)):
-            books.admit(key(name), entry(learned_unix_s=learned_s))
-        assert books.expired(60.0, 50.0) == [key("older"), key("old")]
-        assert books.expired(60.0, 50.0) == [key("older"), key("old")], "until they are removed"
-        books.remove(key("older"))
-        assert books.expired(150.0, 50.0) == [key("old"), key("new")]
-
-    def test_records_that_came_in_later_are_found_too(self) -> None:
-        books = make()
-        assert books.expired(0.0, 50.0) == []
-        books.admit(key("a"), entry(learned_unix_s=10.0))
-        books.admit(key("b"), entry(learned_unix_s=20.0))
-        books.remove(key("b"))
-        assert books.expired(100.0, 50.0) == [key("a")]
-
-    def test_without_a_date_the_first_look_counts(self) -> None:
-        books = make()
-        admit(books, "a")
-        assert books.expired(1000.0, 50.0) == []
-        assert books.expired(1049.0, 50.0) == []
-        assert books.expired(1050.0, 50.0) == [key("a")]
-
-    def test_a_date_that_becomes_known_counts(self) -> None:
-        books = make()
-        admit(books, "a")
-        books.expired(1000.0, 50.0)
-        books.admit(key("a"), entry(learned_unix_s=990.0))
-        assert books.expired(1041.0, 50.0) == [key("a")]
-        books.admit(key("a"), entry(learned_unix_s=2000.0))
-        assert books.expired(1041.0, 50.0) == [], "learned anew"
-
-    def test_memory_for_dates_is_bounded_by_the_records_held(self) -> None:
-        books = make(None)
-        books.expired(0.0, 1.0)
-        for number in range(20_000):
-            books.admit(key("a"), entry(learned_unix_s=float(number + 1)))
-            books.remove(key("a"))
-        assert books._ages is not None
-        assert len(books._ages._heap) < 3000

@@ -16,16 +16,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.errors import InvariantError, SettingsError
-from kvstore.settings import NixlSettings
+from kvstore.settings import MIN_STAGING_BYTES, NixlSettings
 from kvstore.transport import MAX_HANDLE_BYTES, Offer, OfferRefusedError, PeerGoneError, nixl, nixl_life, nixl_wire
 from kvstore.transport.nixl import NixlTransport, plan_pieces
 from kvstore.transport.nixl_life import LifeState, Outcome, PendingRead, SidecarLife, sidecar_environment
 from kvstore.transport.nixl_service import NixlService
-from kvstore.transport.nixl_staging import MIN_STAGING_BYTES, PAGE_BYTES, LandingSlot, SlotState, Staging
+from kvstore.transport.nixl_staging import PAGE_BYTES, LandingSlot, SlotState, Staging
 from kvstore.transport.nixl_wire import (
     HEAD,
     MAGIC,
     MAX_FRAME_BYTES,
+    MAX_METADATA_BYTES,
     STILL_S,
     AddPeer,
     Address,
@@ -287,6 +288,31 @@ def test_death_ends_every_read(life: SidecarLife) -> None:
     life.abandon(pending)
 
 
+def test_slot_comes_back_whatever_keeps_a_read_from_starting(
+    life: SidecarLife, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = NixlService(NixlSettings(), secret=SECRET, node_id="a", epoch="e")
+    life.state = LifeState.READY
+    huge = msgspec.structs.replace(ADDRESS, metadata=bytes(MAX_FRAME_BYTES))
+    for source, error in ((huge, SidecarFrameError), (ADDRESS, NixlUnavailableError)):
+        slot = life.staging.take()
+        assert slot is not None
+        if source is ADDRESS:
+            monkeypatch.setattr(life, "send", lambda order: isinstance(order, AddPeer))
+        with pytest.raises(error):
+            service.post(life, slot, source=source, remote_address=4096, num_bytes=4096)
+        assert life.staging.free_slots == len(life.staging.slots)
+
+
+def test_address_that_no_sidecar_takes_is_refused() -> None:
+    """Before anything is posted: the frame to the sidecar holds the metadata."""
+    largest = msgspec.structs.replace(ADDRESS, metadata=bytes(MAX_METADATA_BYTES))
+    assert decode_address(encode_address(largest, secret=SECRET), secret=SECRET) == largest
+    huge = msgspec.structs.replace(ADDRESS, metadata=bytes(MAX_FRAME_BYTES))
+    with pytest.raises(OfferRefusedError, match="a sidecar takes at most"):
+        decode_address(encode_address(huge, secret=SECRET), secret=SECRET)
+
+
 # A pull among other pulls, without a sidecar.
 
 
@@ -421,7 +447,7 @@ def test_service_that_was_not_started_is_unavailable() -> None:
 
 
 def test_wrong_settings_are_a_reason_not_an_error() -> None:
-    service = NixlService(NixlSettings(staging_bytes=1), secret=SECRET, node_id="a", epoch="e")
+    service = NixlService(NixlSettings.model_construct(staging_bytes=1), secret=SECRET, node_id="a", epoch="e")
     service.start()
     assert not service.wait_ready(10.0)
     assert "nixl.staging_bytes must be at least" in (service.unavailable_reason or "")

@@ -1,18 +1,21 @@
 """Names of objects, and what listings do to the index."""
 
+import threading
 from collections.abc import Callable
+from typing import cast
 
 import pytest
 
 from kvstore.container import stored_bytes
-from kvstore.interfaces import TierEntry
+from kvstore.interfaces import EvictionPolicy, TierEntry
 from kvstore.keys import ChunkKey
 from kvstore.policy import make_policy
 from kvstore.policy.quota import Quotas
+from kvstore.settings import PolicyName
 from kvstore.testing.samples import sample_key
 from kvstore.tiers.books import TierBooks
 from kvstore.tiers.bucket import Listed
-from kvstore.tiers.object_index import ObjectIndex
+from kvstore.tiers.object_index import ObjectIndex, order_by_age
 from kvstore.tiers.object_names import MAX_NAME_CHARS, object_name, parse_name
 
 KEY = sample_key(1)
@@ -34,8 +37,8 @@ def listed(key: ChunkKey, item: TierEntry, *, at_s: float = 1.0) -> Listed:
     return Listed(object_name(key, item), item.stored_bytes, at_s)
 
 
-def make_index(capacity_bytes: int | None = None) -> ObjectIndex:
-    return ObjectIndex(TierBooks(capacity_bytes=capacity_bytes, policy=make_policy("lru"), quotas=Quotas()))
+def make_index(capacity_bytes: int | None = None, *, policy: PolicyName = "lru") -> ObjectIndex:
+    return ObjectIndex(TierBooks(capacity_bytes=capacity_bytes, policy=make_policy(policy), quotas=Quotas()))
 
 
 def list_all(index: ObjectIndex, *pages: list[Listed]) -> tuple[list[ChunkKey], list[ChunkKey]]:
@@ -193,13 +196,53 @@ def test_loser_counts_again_when_the_winner_is_gone() -> None:
     assert found.codec == "int8"
 
 
-def test_first_listing_is_evicted_by_age_not_by_name() -> None:
-    keys = sorted(sample_key(i) for i in range(3))
-    room = entry().stored_bytes
-    index = make_index(capacity_bytes=3 * room)
-    list_all(index, [listed(key, entry(), at_s=at_s) for key, at_s in zip(keys, (30.0, 10.0, 20.0), strict=True)])
-    assert index.make_room(entry(), now_s=0.0, is_busy=lambda key: False) == [keys[1]]
-    assert list(index.doomed) == [object_name(keys[1], entry())]
+@pytest.mark.parametrize("policy", ["lru", "cost", "s3fifo", "arc"])
+def test_first_listing_is_evicted_by_age_not_by_name(policy: PolicyName) -> None:
+    """What was used meanwhile leaves last, what came or went meanwhile is as it is now, pins hold."""
+    item = entry()
+    index = make_index(9 * item.stored_bytes, policy=policy)
+    keys = sorted(sample_key(number) for number in range(8))
+    # Names in their order, dates in another.
+    dates = dict(zip(keys, (5.0, 2.0, 7.0, 1.0, 8.0, 3.0, 6.0, 4.0), strict=True))
+    list_all(index, [listed(key, item, at_s=dates[key]) for key in keys])
+    by_age = sorted(keys, key=lambda key: dates[key])
+    used, pinned, dropped, written = by_age[1], by_age[2], by_age[3], sample_key(100)
+    index.books.touch(used)
+    index.books.touch(used)
+
+    class Slow:
+        """What happens while the new policy is being told."""
+
+        def __init__(self, told: EvictionPolicy) -> None:
+            self._told = told
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self._told, name)
+
+        def admit(self, key: ChunkKey, item: TierEntry) -> None:
+            self._told.admit(key, item)
+            if key == by_age[0]:
+                index.remove(dropped)
+                index.admit(written, entry(learned_unix_s=9.0))
+                assert index.books.pin(pinned, until_s=10.0)
+
+    order_by_age(index, cast("EvictionPolicy", Slow(make_policy(policy))), lock=threading.Lock())
+    left = [key for key in by_age if key not in (used, pinned, dropped)]
+    assert list(index.books.victims(tenant="", now_s=0.0)) == [*left, written, used]
+    index.books.unpin(pinned)
+    assert pinned in list(index.books.victims(tenant="", now_s=0.0))
+
+
+def test_first_listing_is_in_order_of_age_within_a_tenant_too() -> None:
+    index = ObjectIndex(
+        TierBooks(capacity_bytes=None, policy=make_policy("cost"), quotas=Quotas(by_tenant={"t": 4 * 12288}))
+    )
+    item = entry(tenant="t")
+    keys = sorted(sample_key(number) for number in range(4))
+    list_all(index, [listed(key, item, at_s=float(10 - at)) for at, key in enumerate(keys)])
+    order_by_age(index, make_policy("cost"), lock=threading.Lock())
+    assert index.make_room(item, now_s=0.0, is_busy=lambda key: False) == [keys[-1]]
+    assert list(index.books._by_tenant["t"]) == keys[2::-1]
 
 
 def test_busy_records_are_not_evicted() -> None:

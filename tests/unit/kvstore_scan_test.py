@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from cluster.clock import ManualClock
+from kvstore import metrics
 from kvstore.interfaces import TierEntry
 from kvstore.keys import ChunkKey
 from kvstore.policy import Quotas, make_policy
@@ -159,6 +160,34 @@ def test_capacity_holds_during_the_scan_and_the_oldest_leave(brake: Brake, opene
     assert dict(tier.keys()).keys() == {sample_key(index) for index in (2, 3, 4, 5, 10, 11)}
 
 
+@pytest.mark.parametrize("reader", ["scan", "caller"])
+def test_file_whose_header_is_being_read_is_not_written_over(
+    brake: Brake, opened: Callable[..., FileTier], folder: Path, reader: str
+) -> None:
+    """It stays until it was looked at, and others leave in its place."""
+    tier = opened(capacity_bytes=NUM_RECORDS * RECORD_BYTES)
+    brake.may_list.set()
+    assert brake.reads.acquire(timeout=10.0)
+    # The scan reads the youngest header first; a caller, held like the scan, asks for the oldest.
+    index = NUM_RECORDS - 1 if reader == "scan" else 0
+    caller = threading.Thread(target=tier.contains, args=(sample_key(0),), name="kvstore-scan-caller")
+    if reader == "caller":
+        caller.start()
+        assert brake.reads.acquire(timeout=10.0)
+    inode = path_of(folder, index).stat().st_ino
+    corrupt = metrics.TIER_READS.labels("nvme", "corrupt")
+    corrupt_before = corrupt._value.get()
+    for other in range(10, 10 + NUM_RECORDS):
+        put_record(tier, other, PAYLOAD_BYTES)
+        assert path_of(folder, index).stat().st_ino == inode
+    brake.release()
+    if reader == "caller":
+        caller.join(10.0)
+    assert tier.wait_scanned(10.0)
+    assert corrupt._value.get() == corrupt_before
+    assert tier.stat().bytes <= NUM_RECORDS * RECORD_BYTES
+
+
 def test_new_records_are_younger_than_found_ones(brake: Brake, opened: Callable[..., FileTier]) -> None:
     """What was learned while the scan ran must not be the first to leave."""
     tier = opened(capacity_bytes=(NUM_RECORDS + 1) * RECORD_BYTES)
@@ -246,6 +275,30 @@ def test_found_record_that_has_no_room_stays_while_it_is_read() -> None:
     ledger.end_read(key)
     assert ledger.enter(ledger.findings.next_to_enter(1)) == [key]
     assert ledger.stat().bytes == 0
+
+
+def test_header_that_was_under_way_when_its_record_changed_is_old() -> None:
+    """Also in a part that cannot be listed, where names alone prove nothing."""
+    books = TierBooks(capacity_bytes=8192, policy=make_policy("lru"), quotas=Quotas())
+    ledger = Ledger(books, capacity_bytes=8192, clock=ManualClock())
+    key, other = ChunkKey(bytes(32)), ChunkKey(bytes([1]) * 32)
+    entry = TierEntry(payload_bytes=1, stored_bytes=8192, num_tokens=1, base_position=0, codec="raw")
+    assert ledger.begin_look(key)
+    assert ledger.begin_look(key), "two at once"
+    assert ledger.note_header(key, entry)
+    ledger.end_read(key)
+    ledger.end_scan()
+    assert ledger.enter(ledger.findings.next_to_enter(1)) == []
+    assert key in books
+    assert not ledger.note_header(key, entry), "it is in the books by now"
+    assert ledger.begin_write(other, entry) is None, "the second look still reads its file"
+    ledger.end_read(key)
+    assert ledger.begin_write(other, entry) == (False, [key])
+    assert not ledger.begin_look(key), "its file is on its way out"
+    ledger.end_leave(key)
+    ledger.end_write(other, stored=True)
+    assert not ledger.begin_look(other), "nothing is to be learned of what is in the books"
+    assert (ledger.stat().chunks, ledger.stat().bytes) == (1, 8192)
 
 
 def test_spares_are_taken_by_length() -> None:

@@ -3,7 +3,7 @@
 import pytest
 
 from kvstore.wire import Plan, Refusal, Span, SpanKind, pack_tokens
-from prefill_workers.plan import admit, answer, budget_s, plan_work
+from prefill_workers.plan import admit, answer, budget_s, handoff_of, plan_work
 
 
 def span(start, stop, *, held=False, save=True):
@@ -43,6 +43,15 @@ def test_a_plan_without_a_prompt_cannot_be_prefilled():
 def test_a_refusal_is_answered_as_it_is():
     refusal = Refusal(status=429, error_type="RateLimitError", message="later")
     assert plan_work(plan(span(0, 30), refusal=refusal)) is refusal
+
+
+@pytest.mark.parametrize(
+    ("asking", "here", "handoff"),
+    [("n1", "n1", "local"), ("n2", "n1", "remote"), (None, "n1", "none"), ("", "n1", "none"), ("n1", "", "none")],
+)
+def test_chunks_are_handed_over_within_a_node_or_between_two(asking, here, handoff):
+    assert handoff_of(asking, node_id=here) == handoff
+    assert plan_work(plan(span(0, 30)), handoff=handoff).handoff == handoff
 
 
 @pytest.mark.parametrize(("queued", "admitted"), [(0, True), (70, True), (71, False)])

@@ -1,0 +1,276 @@
+"""Matrix products and elementwise steps of the `transform` codec, as vectors.
+
+Covers: tiles of 4 tokens (8-bit integers with exact 32-bit sums; floats), packing, quantising, rounding to bfloat16.
+Does not cover: in which order (`kvstore.codecs.transform_bands`).
+
+A product is `accumulator[4, V * 16] = start[V * 16] + a[4, k] @ b[k, V * 16]`, where one k is 32 bits of a: one float,
+or four unsigned bytes. `b` is stored by vectors of 16 columns: `[V, k, 16 columns, 4 bytes]`.
+"""
+
+from typing import Any, Final
+
+import llvmlite.binding as llvm
+import numba
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from kvstore.compiled import compiled
+
+VECTOR: Final = 16
+"""Columns of one vector."""
+TILE_TOKENS: Final = 4
+_TILE_VECTORS: Final = 4
+_BYTES: Final = 64
+
+_I1, _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
+_F32: Final = ir.FloatType()
+_V8, _V16, _V32, _VF = (ir.VectorType(kind, VECTOR) for kind in (_I8, _I16, _I32, _F32))
+_W16, _W32 = ir.VectorType(_I16, 2 * VECTOR), ir.VectorType(_I32, 2 * VECTOR)
+_PTR: Final = ir.PointerType()
+
+
+def _has_byte_products() -> bool:
+    """Whether this machine multiplies four bytes and adds them in one instruction, and code is compiled for it."""
+    features = llvm.get_host_cpu_features()
+    return numba.config.CPU_NAME is None and bool(features.get("avx512vnni") and features.get("avx512f"))
+
+
+def _declare(builder: Any, name: str, result: Any, arguments: list[Any]) -> Any:
+    known = builder.module.globals.get(name)
+    return known or ir.Function(builder.module, ir.FunctionType(result, arguments), name=name)
+
+
+def _splat(builder: Any, value: Any, kind: Any) -> Any:
+    single = builder.insert_element(ir.Constant(kind, ir.Undefined), value, _I32(0))
+    zeros = ir.Constant(ir.VectorType(_I32, kind.count), [0] * kind.count)
+    return builder.shuffle_vector(single, single, zeros)
+
+
+def _byte_products(builder: Any, total: Any, a: Any, b: Any) -> Any:
+    """`total` plus four products of an unsigned byte of `a` with a signed byte of `b`, per lane; exact."""
+    if _has_byte_products():
+        function = _declare(builder, "llvm.x86.avx512.vpdpbusd.512", _V32, [_V32] * 3)
+        return builder.call(function, [total, a, b])
+    eight = ir.Constant(_W16, [8] * (2 * VECTOR))
+    a16, b16 = builder.bitcast(a, _W16), builder.bitcast(b, _W16)
+    low_a, high_a = builder.lshr(builder.shl(a16, eight), eight), builder.lshr(a16, eight)
+    low_b, high_b = builder.ashr(builder.shl(b16, eight), eight), builder.ashr(b16, eight)
+    for one, other in ((low_a, low_b), (high_a, high_b)):
+        product = builder.mul(builder.sext(one, _W32), builder.sext(other, _W32))
+        halves = [ir.Constant(_V32, [2 * lane + half for lane in range(VECTOR)]) for half in (0, 1)]
+        even, odd = (builder.shuffle_vector(product, product, half) for half in halves)
+        total = builder.add(total, builder.add(even, odd))
+    return total
+
+
+def _float_products(builder: Any, total: Any, a: Any, b: Any) -> Any:
+    """`total + a * b`; fused where the machine can: encoders need not agree to the bit."""
+    function = _declare(builder, "llvm.fmuladd.v16f32", _VF, [_VF] * 3)
+    return builder.call(function, [a, b, total])
+
+
+def _tile(kind: Any, vectors: int, products: Any) -> Any:
+    element = kind.element
+
+    def emit(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        a, a_bytes, b, b_bytes, start, out, out_bytes, count = args
+        bd = builder
+
+        def at(base: Any, *offsets: Any) -> Any:
+            for offset in offsets:
+                base = bd.add(base, offset)
+            return bd.inttoptr(base, _PTR)
+
+        starts = [bd.load(at(start, _I64(v * _BYTES)), align=4, typ=kind) for v in range(vectors)]
+        before = bd.block
+        loop, done = bd.append_basic_block("k"), bd.append_basic_block("stored")
+        bd.branch(loop)
+        bd.position_at_end(loop)
+        index = bd.phi(_I64)
+        sums = [[bd.phi(kind) for _ in range(vectors)] for _ in range(TILE_TOKENS)]
+        columns = [
+            bd.load(at(b, bd.mul(b_bytes, _I64(v)), bd.mul(index, _I64(_BYTES))), align=4, typ=kind)
+            for v in range(vectors)
+        ]
+        totals = []
+        for token in range(TILE_TOKENS):
+            address = at(a, bd.mul(a_bytes, _I64(token)), bd.mul(index, _I64(4)))
+            broadcast = _splat(bd, bd.load(address, align=4, typ=element), kind)
+            totals.append([products(bd, sums[token][v], broadcast, columns[v]) for v in range(vectors)])
+        following = bd.add(index, _I64(1))
+        index.add_incoming(_I64(0), before)
+        index.add_incoming(following, loop)
+        for token in range(TILE_TOKENS):
+            for v in range(vectors):
+                sums[token][v].add_incoming(starts[v], before)
+                sums[token][v].add_incoming(totals[token][v], loop)
+        bd.cbranch(bd.icmp_signed("<", following, count), loop, done)
+        bd.position_at_end(done)
+        for token in range(TILE_TOKENS):
+            for v in range(vectors):
+                bd.store(totals[token][v], at(out, bd.mul(out_bytes, _I64(token)), _I64(v * _BYTES)), align=4)
+        return context.get_dummy_value()
+
+    return emit
+
+
+_TILE_TYPES: Final = (
+    types.uintp,
+    types.intp,
+    types.uintp,
+    types.intp,
+    types.uintp,
+    types.uintp,
+    types.intp,
+    types.intp,
+)
+
+
+@intrinsic
+def _bytes_wide(
+    _context: Any, a: Any, a_bytes: Any, b: Any, b_bytes: Any, start: Any, out: Any, out_bytes: Any, k: Any
+) -> Any:
+    del a, a_bytes, b, b_bytes, start, out, out_bytes, k
+    return types.void(*_TILE_TYPES), _tile(_V32, _TILE_VECTORS, _byte_products)
+
+
+@intrinsic
+def _bytes_narrow(
+    _context: Any, a: Any, a_bytes: Any, b: Any, b_bytes: Any, start: Any, out: Any, out_bytes: Any, k: Any
+) -> Any:
+    del a, a_bytes, b, b_bytes, start, out, out_bytes, k
+    return types.void(*_TILE_TYPES), _tile(_V32, 1, _byte_products)
+
+
+@intrinsic
+def _floats_wide(
+    _context: Any, a: Any, a_bytes: Any, b: Any, b_bytes: Any, start: Any, out: Any, out_bytes: Any, k: Any
+) -> Any:
+    del a, a_bytes, b, b_bytes, start, out, out_bytes, k
+    return types.void(*_TILE_TYPES), _tile(_VF, _TILE_VECTORS, _float_products)
+
+
+@intrinsic
+def _floats_narrow(
+    _context: Any, a: Any, a_bytes: Any, b: Any, b_bytes: Any, start: Any, out: Any, out_bytes: Any, k: Any
+) -> Any:
+    del a, a_bytes, b, b_bytes, start, out, out_bytes, k
+    return types.void(*_TILE_TYPES), _tile(_VF, 1, _float_products)
+
+
+_PRODUCT: Final = "void(uintp, intp, uintp, intp, uintp, uintp, intp, intp, intp, intp)"
+
+
+@compiled(_PRODUCT)
+def byte_product(
+    a: int, a_bytes: int, b: int, b_bytes: int, start: int, out: int, out_bytes: int, k: int, tokens: int, vectors: int
+) -> None:
+    """`out[tokens, vectors * 16] = start + a @ b` in exact 32-bit integers; tokens a multiple of 4, k > 0.
+
+    Addresses, and bytes from row to row: `a` u8[tokens, 4 * k], `b` i8[vectors, k, 16, 4], `start` i32[vectors * 16],
+    `out` i32[tokens, vectors * 16].
+    """
+    for token in range(0, tokens, 4):
+        row, target = a + token * a_bytes, out + token * out_bytes
+        vector = 0
+        while vector + 4 <= vectors:
+            at = vector * 64
+            _bytes_wide(row, a_bytes, b + vector * b_bytes, b_bytes, start + at, target + at, out_bytes, k)
+            vector += 4
+        while vector < vectors:
+            at = vector * 64
+            _bytes_narrow(row, a_bytes, b + vector * b_bytes, b_bytes, start + at, target + at, out_bytes, k)
+            vector += 1
+
+
+@compiled(_PRODUCT)
+def float_product(
+    a: int, a_bytes: int, b: int, b_bytes: int, start: int, out: int, out_bytes: int, k: int, tokens: int, vectors: int
+) -> None:
+    """As `byte_product`, in floats: `a` f32[tokens, k], `b` f32[vectors, k, 16]."""
+    for token in range(0, tokens, 4):
+        row, target = a + token * a_bytes, out + token * out_bytes
+        vector = 0
+        while vector + 4 <= vectors:
+            at = vector * 64
+            _floats_wide(row, a_bytes, b + vector * b_bytes, b_bytes, start + at, target + at, out_bytes, k)
+            vector += 4
+        while vector < vectors:
+            at = vector * 64
+            _floats_narrow(row, a_bytes, b + vector * b_bytes, b_bytes, start + at, target + at, out_bytes, k)
+            vector += 1
+
+
+def _constants(kind: Any, value: Any) -> Any:
+    return ir.Constant(kind, [value] * VECTOR)
+
+
+@intrinsic
+def pack_row(_context: Any, values: Any, out: Any) -> Any:
+    """16 magnitudes with sign at `values` (i16) become midpoints `2 v +- 1`, plus 128, at `out` (u8).
+
+    Those that do not fit are cut; a non-zero result has a bit for each.
+    """
+    del values, out
+    return types.uint16(types.uintp, types.uintp), _emit_pack
+
+
+def _emit_pack(_context: Any, b: Any, _signature: Any, args: Any) -> Any:
+    values, out = args
+    value = b.load(b.inttoptr(values, _PTR), align=2, typ=_V16)
+    zero = _constants(_V16, 0)
+    sign = b.sub(b.zext(b.icmp_signed(">", value, zero), _V16), b.zext(b.icmp_signed("<", value, zero), _V16))
+    midpoint = b.add(b.shl(value, _constants(_V16, 1)), sign)
+    highest = b.call(_declare(b, "llvm.smin.v16i16", _V16, [_V16, _V16]), [midpoint, _constants(_V16, 127)])
+    fitting = b.call(_declare(b, "llvm.smax.v16i16", _V16, [_V16, _V16]), [highest, _constants(_V16, -128)])
+    shifted = b.trunc(b.add(fitting, _constants(_V16, 128)), _V8)
+    b.store(shifted, b.inttoptr(out, _PTR), align=1)
+    return b.bitcast(b.icmp_signed("!=", fitting, midpoint), _I16)
+
+
+@intrinsic
+def bfloat16_bits(_context: Any, value: Any) -> Any:
+    """Bits of the bfloat16 nearest to a finite float32, ties to even."""
+    del value
+    return types.uint16(types.float32), _emit_bfloat16
+
+
+def _emit_bfloat16(_context: Any, b: Any, _signature: Any, args: Any) -> Any:
+    bits = b.bitcast(args[0], _I32)
+    odd = b.and_(b.lshr(bits, _I32(16)), _I32(1))
+    return b.trunc(b.lshr(b.add(b.add(bits, _I32(0x7FFF)), odd), _I32(16)), _I16)
+
+
+@intrinsic
+def quantised(_context: Any, value: Any, rounding: Any, dead_zone: Any, limit: Any) -> Any:
+    """`sign(value) * min(floor(|value| + rounding), limit)`; 0 below `dead_zone`. `limit` < 2^15; NaN gives 0."""
+    del value, rounding, dead_zone, limit
+    return types.int16(*[types.float32] * 4), _emit_quantised
+
+
+def _emit_quantised(_context: Any, b: Any, _signature: Any, args: Any) -> Any:
+    value, rounding, dead_zone, limit = args
+    size = b.call(_declare(b, "llvm.fabs.f32", _F32, [_F32]), [value])
+    raised = b.fadd(size, rounding)
+    # Ordered comparisons: a NaN is neither below the limit nor above the dead zone.
+    bounded = b.select(b.fcmp_ordered("<", raised, limit), raised, limit)
+    whole = b.fptosi(bounded, _I32)
+    kept = b.select(b.fcmp_ordered(">=", size, dead_zone), whole, _I32(0))
+    signed = b.select(b.fcmp_ordered("<", value, _F32(0.0)), b.sub(_I32(0), kept), kept)
+    return b.trunc(signed, _I16)
+
+
+@intrinsic
+def rotate_16(_context: Any, low: Any, high: Any, cosine: Any, sine: Any) -> Any:
+    """Rotate 16 pairs of float32 in place, at addresses; separate products and sums, nothing fused."""
+    del low, high, cosine, sine
+    return types.void(*[types.uintp] * 4), _emit_rotate
+
+
+def _emit_rotate(context: Any, b: Any, _signature: Any, args: Any) -> Any:
+    places = [b.inttoptr(address, _PTR) for address in args]
+    low, high, cosine, sine = (b.load(place, align=4, typ=_VF) for place in places)
+    b.store(b.fsub(b.fmul(low, cosine), b.fmul(high, sine)), places[0], align=4)
+    b.store(b.fadd(b.fmul(high, cosine), b.fmul(low, sine)), places[1], align=4)
+    return context.get_dummy_value()

@@ -1,0 +1,208 @@
+"""Documents for the quality protocol: long, of several kinds, none of them used in calibration.
+
+Covers: reading, cutting and joining; which document is which. Does not cover: the texts themselves, except generated
+German (`loadtest.bench_codec.german`); they lie beside the project (`--data`), or are installed with Python.
+
+Calibration takes its text from elsewhere: a novel's first half, other passages. Here stand second halves only.
+"""
+
+import gzip
+import importlib.util
+import itertools
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from cluster.errors import CallerError, UnavailableError
+from loadtest.bench_codec.german import german_text
+
+_NOVEL: Final = "b_long_moby_dick.jsonl.gz"
+_PASSAGES: Final = "a_qa_nq_oracle_2655.jsonl.gz"
+_ARTICLES: Final = "a_qa_xquad_en_1190.jsonl.gz"
+_LOOKUPS: Final = "b_kv_retrieval_75_100.jsonl.gz"
+_KINDS: Final = ("novel", "code", "passages", "german", "articles", "novel", "code", "novel")
+"""One round of documents; more are further pieces in the same order."""
+_MODULES: Final = ("tarfile", "typing", "doctest", "smtplib", "pdb", "mailbox", "turtle", "optparse")
+"""Modules of the standard library: code that is installed everywhere."""
+_CALIBRATION_MODULE: Final = "argparse"
+_CHARS_PER_TOKEN: Final = 6
+"""More than any of these texts has, so that every cut holds enough tokens."""
+
+Tokenize = Callable[[str], list[int]]
+
+
+class DataMissingError(UnavailableError):
+    """A text that a part needs is not on this machine; name its folder with `--data`."""
+
+
+class TextTooShortError(CallerError):
+    """A text has fewer tokens than the longest context needs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Document:
+    """One text as token ids."""
+
+    name: str
+    kind: str
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lookup:
+    """Pairs of random identifiers: any key may be asked for."""
+
+    pairs: tuple[tuple[str, str], ...]
+
+
+def read_documents(data: Path | None, *, count: int, num_tokens: int, tokenize: Tokenize) -> list[Document]:
+    """`count` documents of exactly `num_tokens` tokens.
+
+    Raises:
+        DataMissingError: There is no data folder, or a file is missing in it.
+        TextTooShortError: A text does not have so many tokens.
+    """
+    folder = data_folder(data)
+    num_chars = _CHARS_PER_TOKEN * num_tokens
+    makers: dict[str, Iterator[tuple[str, str]]] = {
+        "novel": _novel(folder, num_chars),
+        "code": _code(num_chars),
+        "passages": _joined(_texts_of(folder / _PASSAGES, first_half=False), "nq passages", num_chars),
+        "german": ((f"generated german {seed}", german_text(num_chars, seed=seed)) for seed in itertools.count(1)),
+        "articles": _joined(_texts_of(folder / _ARTICLES, first_half=False), "xquad articles", num_chars),
+    }
+    documents = []
+    for kind in itertools.islice(itertools.cycle(_KINDS), count):
+        name, text = next(makers[kind], ("", ""))
+        ids = tokenize(text)[:num_tokens]
+        if len(ids) < num_tokens:
+            raise TextTooShortError(f"{kind} {name!r} has {len(ids)} tokens, {num_tokens} are needed: ask for fewer")
+        documents.append(Document(name=name, kind=kind, ids=tuple(ids)))
+    return documents
+
+
+def calibration_documents(data: Path | None, *, num_tokens: int, tokenize: Tokenize) -> list[Document]:
+    """Text for calibrating a baseline: the same kinds, from first halves and modules that no document is made of.
+
+    Raises:
+        DataMissingError: There is no data folder, or a file is missing in it.
+        TextTooShortError: A text does not have so many tokens.
+    """
+    folder = data_folder(data)
+    num_chars = _CHARS_PER_TOKEN * num_tokens
+    novel = str(next(_rows(folder / _NOVEL))["text"])
+    texts = {
+        "novel": novel[len(novel) // 8 :][:num_chars],
+        "code": _module_text(_CALIBRATION_MODULE) or "",
+        "passages": "\n\n".join(_texts_of(folder / _PASSAGES, first_half=True))[:num_chars],
+        "articles": "\n\n".join(_texts_of(folder / _ARTICLES, first_half=True))[:num_chars],
+    }
+    documents = []
+    for kind, text in texts.items():
+        ids = tokenize(text[:num_chars])[:num_tokens]
+        if len(ids) < num_tokens:
+            raise TextTooShortError(f"{kind} for calibration has {len(ids)} tokens, {num_tokens} are needed")
+        documents.append(Document(name=f"{kind}, first half", kind=kind, ids=tuple(ids)))
+    return documents
+
+
+def installed_document(*, num_tokens: int, tokenize: Tokenize) -> Document:
+    """A document that needs no folder of texts: Python's own code.
+
+    Raises:
+        TextTooShortError: No module of the standard library is so long.
+    """
+    name, text = next(_code(_CHARS_PER_TOKEN * num_tokens), ("", ""))
+    ids = tokenize(text)[:num_tokens]
+    if len(ids) < num_tokens:
+        raise TextTooShortError(f"{name!r} has {len(ids)} tokens, {num_tokens} are needed")
+    return Document(name=name, kind="code", ids=tuple(ids))
+
+
+def read_lookups(data: Path | None, *, count: int, num_pairs: int) -> list[Lookup]:
+    """The first `num_pairs` pairs of `count` rows of the look-up task.
+
+    Raises:
+        DataMissingError: There is no data folder, or the file is missing in it.
+    """
+    rows = itertools.islice(_rows(data_folder(data) / _LOOKUPS), count)
+    return [
+        Lookup(pairs=tuple((str(key), str(value)) for key, value in row["ordered_kv_records"][:num_pairs]))
+        for row in rows
+    ]
+
+
+def data_folder(data: Path | None) -> Path:
+    """The folder of texts.
+
+    Raises:
+        DataMissingError: Nobody named one.
+    """
+    if data is None:
+        raise DataMissingError("no folder of texts: name it with --data or LEARNONCE_DATA")
+    return data
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") as lines:
+            for line in lines:
+                yield json.loads(line)
+    except OSError as error:
+        raise DataMissingError(f"{path.name} cannot be read in {path.parent}: {error}") from error
+
+
+def _novel(folder: Path, num_chars: int) -> Iterator[tuple[str, str]]:
+    """Pieces of the second half, each from the start of a paragraph, spread so that few documents do not overlap."""
+    text = str(next(_rows(folder / _NOVEL))["text"])
+    half = len(text) // 2
+    slots = max(1, half // num_chars)
+    # Far pieces first: 0, slots/2, slots/4, ...
+    for slot in sorted(range(slots), key=lambda index: (_reversed_bits(index), index)):
+        start = text.find("\n\n", half + slot * num_chars)
+        yield f"novel at {start}", text[start:].lstrip()[:num_chars]
+
+
+def _reversed_bits(index: int) -> int:
+    return int(f"{index:016b}"[::-1], 2)
+
+
+def _code(num_chars: int) -> Iterator[tuple[str, str]]:
+    for module in _MODULES:
+        text = _module_text(module)
+        if text is not None and len(text) >= num_chars // 2:
+            yield f"python module {module}", text
+
+
+def _module_text(module: str) -> str | None:
+    """Source of a module of the standard library, if it is installed as such."""
+    found = importlib.util.find_spec(module)
+    return None if found is None or found.origin is None else Path(found.origin).read_text(encoding="utf-8")
+
+
+def _texts_of(path: Path, *, first_half: bool) -> list[str]:
+    """Distinct passages of one half of a file's rows; those that both halves have belong to the first."""
+    rows = list(_rows(path))
+    half = len(rows) // 2
+    first, second = (
+        [f"{each['title']}\n{each['text']}" for row in part for each in row["chunks"]]
+        for part in (rows[:half], rows[half:])
+    )
+    known = set(first)
+    return _unique(first if first_half else [text for text in second if text not in known])
+
+
+def _unique(texts: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys(texts))
+
+
+def _joined(texts: Sequence[str], name: str, num_chars: int) -> Iterator[tuple[str, str]]:
+    at = 0
+    while at < len(texts):
+        first, have = at, 0
+        while at < len(texts) and have < num_chars:
+            have += len(texts[at]) + 2
+            at += 1
+        yield f"{name} {first} to {at - 1}", "\n\n".join(texts[first:at])
