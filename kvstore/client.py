@@ -74,7 +74,7 @@ _FIRST_PAUSE_S: Final = 0.05
 _MAX_PAUSE_S: Final = 1.0
 _HANDSHAKE_S: Final = 1.0
 _REPLY_MARGIN_RATIO: Final = 0.1
-_MAX_REPLY_MARGIN_S: Final = 0.05
+_MAX_REPLY_MARGIN_S: Final = 0.2
 """Share of a deadline that is left for the way back: the store answers before, with what it has."""
 
 _VERIFIED_KEYS: Final = 64

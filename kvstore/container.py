@@ -123,7 +123,7 @@ def encode_header(
     """
     if len(key) != KEY_BYTES or not 0 < payload_bytes <= MAX_PAYLOAD_BYTES:
         raise RecordError(f"a record needs a {KEY_BYTES}-byte key and 1 to {MAX_PAYLOAD_BYTES} bytes of payload")
-    packed = _packed_meta(meta)
+    packed = packed_meta(meta)
     if len(packed) > _MAX_META_BYTES or not _is_plausible(meta):
         raise RecordError(
             f"metadata must fit {_MAX_META_BYTES} bytes, describe at least one token, and name its tenant in at most "
@@ -295,7 +295,7 @@ def verify_payload(header: Header, payload: memoryview) -> memoryview:
     return payload
 
 
-def _packed_meta(meta: ChunkMeta) -> bytes:
+def packed_meta(meta: ChunkMeta) -> bytes:
     """The metadata as a map. A chunk without a profile has the bytes that it had before there were profiles."""
     fields = msgspec.structs.asdict(meta)
     if not meta.profile:

@@ -38,8 +38,10 @@ def split_object_url(url: str) -> SplitResult:
     shown = f"{ARROW_PREFIX if is_arrow else ''}{parts.scheme}"
     schemes = _ARROW_SCHEMES if is_arrow else _OBSTORE_SCHEMES
     if parts.scheme not in schemes:
+        # Without a scheme nothing is shown: what stands in front may be a key.
+        seen = repr(parts.scheme) if parts.scheme else "a URL without a scheme"
         raise SettingsError(
-            f"{parts.scheme or url!r} is not understood; obstore speaks {_listed(_OBSTORE_SCHEMES)}, pyarrow "
+            f"{seen} is not understood; obstore speaks {_listed(_OBSTORE_SCHEMES)}, pyarrow "
             f"{_listed(_ARROW_SCHEMES, ARROW_PREFIX)}"
         )
     if parts.scheme == "file":

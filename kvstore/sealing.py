@@ -26,7 +26,6 @@ import struct
 from collections.abc import Sequence
 from typing import Final
 
-import msgspec
 import xxhash
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives import hashes
@@ -41,6 +40,7 @@ from kvstore.container import (
     RecordError,
     RecordVerifier,
     encode_header,
+    packed_meta,
     parse_header,
     stored_bytes,
 )
@@ -229,7 +229,7 @@ class Sealer:
 
 def _identity(header: Header, sealed_bytes: int) -> bytes:
     """What the tag covers beside the ciphertext: the outer header, by meaning."""
-    return _IDENTITY_LABEL + _IDENTITY.pack(header.key, sealed_bytes) + msgspec.msgpack.encode(header.meta)
+    return _IDENTITY_LABEL + _IDENTITY.pack(header.key, sealed_bytes) + packed_meta(header.meta)
 
 
 def _derive(master_key: bytes, info: bytes, num_bytes: int) -> bytes:

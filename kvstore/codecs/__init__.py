@@ -5,7 +5,7 @@ Does not cover: headers and checksums (`kvstore.container`), which codec a chunk
 Shape letters: L layers, 2 for K and V, T tokens of the chunk, N KV heads, H head dimension.
 
 Payloads are layer-major: all bytes of layer 0 stand before those of layer 1, so that a reader can use layers in order
-while later ones still arrive.
+while later ones still arrive. Those of `transform` are level-major, and layer-major within a level.
 """
 
 from collections.abc import Mapping

@@ -35,18 +35,38 @@ _CURVE: Final = ("importance_at", "importance", "importance_tail")
 Floats = NDArray[np.float32]
 
 
-def log_attention(k_TNH: Floats, *, mean_NH: Floats, factor_NHJ: Floats, groups: int) -> Floats:
+def log_attention(
+    k_TNH: Floats, *, mean_NH: Floats, factor_NHJ: Floats, groups: int, diagonal_NH: Floats | None = None
+) -> Floats:
     """Logarithm of the attention that each token may expect, relative to the mean of these tokens, `[G, T]`.
 
-    Of the heads of a group, the one counts that needs the token most.
+    Of the heads of a group, the one counts that needs the token most. `diagonal_NH` is the factor's diagonal, where it
+    has nothing else.
     """
     by_head = k_TNH.transpose(1, 0, 2)
-    spread_NTJ = by_head @ factor_NHJ
-    log_NT = np.einsum("nth,nh->nt", by_head, mean_NH) + np.float32(0.5) * np.square(spread_NTJ).sum(axis=2)
+    spread_NTJ = _spread(by_head, factor_NHJ, diagonal_NH)
+    log_NT = np.einsum("nth,nh->nt", by_head, mean_NH) + np.float32(0.5) * np.square(spread_NTJ, out=spread_NTJ).sum(
+        axis=2
+    )
     log_NT = log_NT - log_NT.max(axis=1, keepdims=True)
     log_NT -= np.log(np.exp(log_NT).mean(axis=1, keepdims=True))
     best_GT: Floats = log_NT.reshape(groups, len(log_NT) // groups, -1).max(axis=1)
     return best_GT
+
+
+def _spread(k_NTH: Floats, factor_NHJ: Floats, diagonal_NH: Floats | None) -> Floats:
+    """`k F`. Of a diagonal F all other products are zero."""
+    if diagonal_NH is None:
+        return k_NTH @ factor_NHJ
+    return np.multiply(k_NTH, diagonal_NH[:, None], order="C")
+
+
+def _diagonals(factor_LNHJ: Floats) -> Floats | None:
+    """`[L, N, H]`, if every factor is diagonal: most profiles', as covariances of single dimensions say nearly all."""
+    if factor_LNHJ.shape[2] != factor_LNHJ.shape[3]:
+        return None
+    diagonal_LNH = np.diagonal(factor_LNHJ, axis1=2, axis2=3).astype(np.float32)
+    return diagonal_LNH if np.count_nonzero(factor_LNHJ) == np.count_nonzero(diagonal_LNH) else None
 
 
 def importance_of(log_attention_T: Floats, *, at_P: Floats, importance_P: Floats, tail_T: Floats) -> Floats:
@@ -68,11 +88,13 @@ def token_classes(profile: Profile, k_TNH: Floats, *, layer: int) -> NDArray[np.
         return None
     _check(profile)
     encoder, groups = profile.encoder, profile.groups
+    diagonals = profile.__dict__["_attention_diagonals"]
     attention_GT = log_attention(
         k_TNH,
         mean_NH=encoder["attention_mean"][layer].astype(np.float32),
         factor_NHJ=encoder["attention_factor"][layer].astype(np.float32),
         groups=groups,
+        diagonal_NH=None if diagonals is None else diagonals[layer],
     )
     classes = np.empty((2, groups, len(k_TNH)), np.int16)
     for kv in (0, 1):
@@ -82,7 +104,7 @@ def token_classes(profile: Profile, k_TNH: Floats, *, layer: int) -> NDArray[np.
                 at_P, importance_P, tail_T = (encoder[name][layer, kv, group] for name in _CURVE)
                 importance_T = importance_of(importance_T, at_P=at_P, importance_P=importance_P, tail_T=tail_T)
             bounds_B = encoder["class_bounds"][layer, kv, group]
-            classes[kv, group] = (importance_T[:, None] < bounds_B).sum(axis=1)
+            classes[kv, group] = (bounds_B[:, None] > importance_T).sum(axis=0)
     return classes
 
 
@@ -101,4 +123,5 @@ def _check(profile: Profile) -> None:
         right = right and bool((np.diff(encoder[_CURVE[0]], axis=-1) >= 0).all())
     if not right:
         raise ProfileDataError(f"encoder's {', '.join((*_NEEDED, *_CURVE))} do not fit each other or the model")
+    profile.__dict__["_attention_diagonals"] = _diagonals(factor)
     profile.__dict__["_importance_fits"] = True

@@ -252,6 +252,9 @@ def _array(data: bytes | memoryview, first: int, name: str, entry: _ArrayHeader)
     if entry.dtype not in _DTYPES or len(entry.shape) > 8 or any(not 0 <= n <= MAX_FILE_BYTES for n in entry.shape):
         raise ProfileDataError(f"profile's array {name!r} has dtype {entry.dtype!r}, shape {entry.shape}")
     dtype, count = np.dtype(entry.dtype), math.prod(entry.shape)
+    if math.prod(max(1, n) for n in entry.shape) > MAX_FILE_BYTES:
+        # numpy makes no array of such a shape, even an empty one.
+        raise ProfileDataError(f"profile's array {name!r} has shape {entry.shape}")
     begin = first + entry.offset
     if entry.offset < 0 or entry.offset % _ALIGN or begin + count * dtype.itemsize > len(data):
         raise ProfileDataError(f"profile's array {name!r} does not lie within its {len(data)} bytes")
@@ -321,7 +324,9 @@ def _check_band(profile: Profile, band: Band, name: str) -> None:
     _need((band.table_ids_VRX < num_tables).all(), f"{name}: table ids above {num_tables - 1}")
     _need(band.class_table is None or 0 <= band.class_table < num_tables, f"{name}: class table {band.class_table}")
     if band.class_table is not None:
-        _need(profile.frequencies_KS[band.class_table, zero], f"{name}: class 0 cannot be coded")
+        of_classes = profile.frequencies_KS[band.class_table, zero : zero + NUM_CLASSES]
+        # An encoder would write another class without a word.
+        _need(len(of_classes) == NUM_CLASSES and of_classes.all(), f"{name}: not every class can be coded")
     for level in range(levels):
         used_RXS = profile.frequencies_KS[band.table_ids_VRX[level, : live[level]]]
         # What a coder cannot avoid: 0 everywhere; at a refinement also 1, and -1 where the sign is not known yet.

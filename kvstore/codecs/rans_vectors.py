@@ -1,7 +1,7 @@
 """The inner loops of the entropy coder, as vectors of 16 lanes.
 
 Covers: decoding, refining and encoding one row group; LLVM fits the vectors to the processor, whatever it is.
-Does not cover: tables and sections (`kvstore.codecs.rans`), the order of row groups (`kvstore.codecs.transform_bands`).
+Does not cover: tables (`kvstore.codecs.rans`), the order of row groups (`kvstore.codecs.transform_decode`).
 
 numba does not vectorise a loop with gathers and a shared read position, so the loops are written as LLVM code: a state
 per lane in one register, one gather for 16 table entries, one expanding load (or compressing store) for the words.
@@ -96,14 +96,30 @@ class _Emitter:
         offset = b.and_(entry, _all((1 << _TABLE_BITS) - 1))
         # The entry holds the frequency less one.
         state = b.add(b.mul(less, high), b.add(high, offset))
+        return b.ashr(entry, _all(24)), *self.refill(words, at, state)
+
+    def cut_step(self, words: Any, at: Any, state: Any, cuts: Any) -> tuple[Any, Any, Any]:
+        """As `step`, for symbols -1, 0 and 1 only: comparisons instead of memory. `cuts`: where 0 and 1 begin."""
+        b = self.builder
+        slot, high = b.and_(state, _all((1 << _TABLE_BITS) - 1)), b.lshr(state, _all(_TABLE_BITS))
+        zero, one = b.and_(cuts, _all(0xFFFF)), b.lshr(cuts, _all(16))
+        is_minus, is_one = b.icmp_unsigned("<", slot, zero), b.icmp_unsigned(">=", slot, one)
+        low = b.select(is_minus, _all(0), b.select(is_one, one, zero))
+        top = b.select(is_minus, zero, b.select(is_one, _all(1 << _TABLE_BITS), one))
+        value = b.select(is_minus, _all(-1), b.select(is_one, _all(1), _all(0)))
+        state = b.add(b.mul(b.sub(top, low), high), b.sub(slot, low))
+        return value, *self.refill(words, at, state)
+
+    def refill(self, words: Any, at: Any, state: Any) -> tuple[Any, Any]:
+        """Lanes that fell low read the next words; new state, new read position."""
+        b = self.builder
         hungry = b.icmp_unsigned("<", state, _all(1 << _WORD_BITS))
         name = "llvm.masked.expandload.v16i32"
         function = self.declare(name, _V32, [_PTR, _V1, _V32])
         address = self.pointer(words, b.mul(at, _I64(4)))
         read = b.call(function, [address, hungry, _all(0)])
         shifted = b.or_(b.shl(state, _all(_WORD_BITS)), read)
-        state = b.select(hungry, shifted, state)
-        return b.ashr(entry, _all(24)), state, b.add(at, self.count(hungry))
+        return b.select(hungry, shifted, state), b.add(at, self.count(hungry))
 
 
 _JOB_TYPES: Final = types.void(types.uintp, types.uintp, types.intp)
@@ -135,15 +151,27 @@ def _refine_two(_context: Any, luts: Any, jobs: Any, count: Any) -> Any:
     return _JOB_TYPES, partial(_emit_decoder, streams=2, refine=True)
 
 
+@intrinsic
+def _cut_one(_context: Any, luts: Any, jobs: Any, count: Any) -> Any:
+    del luts, jobs, count
+    return _JOB_TYPES, partial(_emit_decoder, streams=1, refine=True, has_cuts=True)
+
+
+@intrinsic
+def _cut_two(_context: Any, luts: Any, jobs: Any, count: Any) -> Any:
+    del luts, jobs, count
+    return _JOB_TYPES, partial(_emit_decoder, streams=2, refine=True, has_cuts=True)
+
+
 class _Stream:
     """What one stream is between two tokens; a step waits for its gather, so that two at once take little longer."""
 
-    def __init__(self, e: _Emitter, jobs: Any, index: int, *, refine: bool) -> None:
+    def __init__(self, e: _Emitter, jobs: Any, index: int, *, refine: bool, has_cuts: bool) -> None:
         fields = [e.load(_I64, jobs, _I64(8 * (index * _JOB_FIELDS + field))) for field in range(_JOB_FIELDS)]
         self.words, self.first, self.limit, self.states, tables, self.out = fields
         self.tables = [e.load(_V32, tables, _I64(context * 4 * LANES)) for context in range(3)]
         self.start = e.load(_V32, self.states)
-        self.refine = refine
+        self.refine, self.has_cuts = refine, has_cuts
 
     def begin(self, e: _Emitter) -> None:
         """Values that go from token to token."""
@@ -154,7 +182,11 @@ class _Stream:
         b = e.builder
         place = e.pointer(self.out, offset)
         known = b.sext(b.load(place, align=2, typ=_V16), _V32) if self.refine else self.previous
-        value, self.new_state, self.new_at = e.step(luts, self.words, self.at, self.state, e.table(self.tables, known))
+        table = e.table(self.tables, known)
+        if self.has_cuts:
+            value, self.new_state, self.new_at = e.cut_step(self.words, self.at, self.state, table)
+        else:
+            value, self.new_state, self.new_at = e.step(luts, self.words, self.at, self.state, table)
         if self.refine:
             # Twice the value and the new bit, away from zero; where there was no sign yet, the symbol brings it.
             doubled = b.shl(known, _all(1))
@@ -174,11 +206,13 @@ class _Stream:
             phi.add_incoming(later, loop)
 
 
-def _emit_decoder(context: Any, builder: Any, _signature: Any, args: Any, *, streams: int, refine: bool) -> Any:
+def _emit_decoder(
+    context: Any, builder: Any, _signature: Any, args: Any, *, streams: int, refine: bool, has_cuts: bool = False
+) -> Any:
     """Loop over `count` > 0 tokens; ends early when the words of a stream are used up."""
     luts, jobs, count = args
     e, b = _Emitter(builder), builder
-    each = [_Stream(e, jobs, index, refine=refine) for index in range(streams)]
+    each = [_Stream(e, jobs, index, refine=refine, has_cuts=has_cuts) for index in range(streams)]
     before = b.block
     loop, done = b.append_basic_block("token"), b.append_basic_block("done")
     b.branch(loop)
@@ -249,8 +283,12 @@ def _emit_encode(_context: Any, builder: Any, _signature: Any, args: Any) -> Any
 
 
 def _emit_divide(b: Any, value: Any, by: Any) -> tuple[Any, Any]:
-    """Exact quotient and rest, for quotients below 2^20: the float's is wrong by one at most."""
-    guess = b.fptoui(b.fdiv(b.uitofp(value, _VF), b.uitofp(by, _VF)), _V32)
+    """Exact quotient and rest, for quotients below 2^20: the float's is wrong by one at most.
+
+    A product with the reciprocal, because that does not wait for the state, and every step waits for the one before.
+    """
+    reciprocal = b.fdiv(ir.Constant(_VF, [1.0] * LANES), b.uitofp(by, _VF))
+    guess = b.fptoui(b.fmul(b.uitofp(value, _VF), reciprocal), _V32)
     rest = b.sub(value, b.mul(guess, by))
     too_large = b.icmp_signed("<", rest, _all(0))
     guess = b.select(too_large, b.sub(guess, _all(1)), guess)
@@ -259,8 +297,8 @@ def _emit_divide(b: Any, value: Any, by: Any) -> tuple[Any, Any]:
     return b.select(too_small, b.add(guess, _all(1)), guess), b.select(too_small, b.sub(rest, by), rest)
 
 
-@compiled("void(uintp, uintp, intp, intp, boolean)")
-def decode_streams(luts: int, jobs: int, streams: int, count: int, refine: bool) -> None:
+@compiled("void(uintp, uintp, intp, intp, boolean, boolean)")
+def decode_streams(luts: int, jobs: int, streams: int, count: int, refine: bool, has_cuts: bool) -> None:
     """Decode `count` > 0 tokens of 16 rows of one stream, or of two at once.
 
     Args:
@@ -273,12 +311,18 @@ def decode_streams(luts: int, jobs: int, streams: int, count: int, refine: bool)
         count: Tokens.
         refine: Whether the values are known and get one more bit: then they are the context, not the row's symbol
             before.
+        has_cuts: Refining with symbols -1, 0 and 1 only: the tables are not first entries, but each says itself at
+            which slot 0 begins (16 bits), and 1 (16 bits above).
     """
     if streams == 1:
-        if refine:
+        if has_cuts:
+            _cut_one(luts, jobs, count)
+        elif refine:
             _refine_one(luts, jobs, count)
         else:
             _decode_one(luts, jobs, count)
+    elif has_cuts:
+        _cut_two(luts, jobs, count)
     elif refine:
         _refine_two(luts, jobs, count)
     else:

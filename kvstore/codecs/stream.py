@@ -1,7 +1,7 @@
 """Payloads of the `transform` codec: what lies where.
 
 Covers: the header, the table of sections, prefixes that are coarser chunks, damage.
-Does not cover: what is inside a section (`kvstore.codecs.transform_bands`), records (`kvstore.container`).
+Does not cover: what is inside a section (`kvstore.codecs.transform_decode`), records (`kvstore.container`).
 Shape letters: V levels, L layers, 2 for K and V, G head groups, E exact tokens, N KV heads, H head dimension.
 
 All numbers are little-endian:

@@ -9,6 +9,7 @@ Shape letters: as in `kvstore.codecs`; V levels, G head groups, C channels of a 
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Final
 
 import numpy as np
@@ -21,15 +22,17 @@ from kvstore.codecs.importance import token_classes
 from kvstore.codecs.profile import Profile
 from kvstore.codecs.rans_vectors import LANES
 from kvstore.codecs.raw import DTYPES, CodecDataError, unexported_bytes
-from kvstore.codecs.transform_decode import ERRORS, OK, decode_level, inverse_band, rotate_row
+from kvstore.codecs.transform_decode import ERRORS, OK, rotate_row
 from kvstore.codecs.transform_encode import (
     TOO_LONG,
     encode_base,
     encode_refinement,
     forward_band,
     forward_of,
+    is_finite,
     unrotate,
 )
+from kvstore.codecs.transform_layer import decode_bands, decode_levels
 from kvstore.codecs.transform_plan import padded, plan_of, rotary_tables
 from kvstore.interfaces import ChunkMeta
 
@@ -37,8 +40,6 @@ _SECTION_BYTES: Final = 68
 """States and count of escapes."""
 _ESCAPE_BYTES: Final = 6
 _NO_CLASSES: Final = np.empty(0, np.int16)
-_NO_HALVES: Final = np.empty(0, np.uint16)
-_NO_FLOATS: Final = np.empty(0, np.float32)
 
 Symbols = tuple[NDArray[np.int16], NDArray[np.int16]]
 """Values and classes of one band."""
@@ -238,14 +239,14 @@ class OpenTransformChunk:
         Raises:
             CodecDataError: Its bytes are damaged, or not there; what `out_2TNH` then holds means nothing.
         """
-        held = int(self.layout.levels_within(len(self.payload))[layer])
+        held = sum(stop <= len(self.payload) for stop in self._places[0][layer, -1, :, 1, 1].tolist())
         num_levels = held if level is None else level + 1
         if not 1 <= num_levels <= held:
             raise CodecDataError(f"layer {layer} at level {level}: the payload holds {held} of its levels")
         meta = self.meta
         if tuple(out_2TNH.shape) != meta.shape[1:] or out_2TNH.dtype != DTYPES[meta.dtype]:
             raise CodecDataError(f"room for {tuple(out_2TNH.shape)} of {out_2TNH.dtype}, {meta} expected")
-        if out_2TNH.dtype == torch.float16 or out_2TNH.stride(-1) != 1:
+        if out_2TNH.dtype == torch.float16 or out_2TNH.stride(-1) != 1 or not out_2TNH.is_cpu:
             wide = torch.empty(meta.shape[1:], dtype=torch.float32)
             self._decode(layer, num_levels, wide, position)
             out_2TNH.copy_(wide)
@@ -257,35 +258,39 @@ class OpenTransformChunk:
         meta, profile, exact = self.meta, self.profile, self.layout.num_exact
         if meta.num_tokens == exact:
             return
-        halves, floats = _flat(out_2TNH)
         first = (meta.base_position if position is None else position) + exact
         cosine, sine = rotary_tables(profile, first=first, count=meta.num_tokens - exact)
-        heads = profile.num_kv_heads // profile.groups
-        strides = out_2TNH.stride()
-        plan, level = plan_of(profile), num_levels - 1
-        factor = np.float32(1 << profile.num_levels - num_levels)
+        heads, item = profile.num_kv_heads // profile.groups, out_2TNH.element_size()
+        kv_bytes, token_bytes, head_bytes = (item * stride for stride in out_2TNH.stride()[:3])
+        at, plan = out_2TNH.data_ptr() + exact * token_bytes, plan_of(profile)
         for group in range(profile.groups):
-            for kv, (values, classes) in enumerate(self.symbols(layer, group=group, num_levels=num_levels)):
-                index = (layer * 2 + kv) * profile.groups + group
-                inverse_band(
-                    values,
-                    plan.num_groups[index, level],
-                    plan.basis[index],
-                    plan.start[index, level],
-                    plan.scale[index, : plan.num_channels],
-                    plan.bias[index, : plan.num_channels],
-                    classes,
-                    plan.token_scales[index],
-                    factor,
-                    profile.head_dim,
-                    cosine,
-                    sine,
-                    profile.is_neox,
-                    kv == 0,
-                    (kv * strides[0] + exact * strides[1] + group * heads * strides[2], strides[1], strides[2]),
-                    halves,
-                    floats,
-                )
+            data, spans, lut, tables, ids, groups, rows, has_cuts, bands = self._sections(layer, group, num_levels)
+            code = decode_bands(
+                data,
+                spans,
+                lut,
+                tables,
+                ids,
+                groups,
+                rows,
+                has_cuts,
+                bands,
+                plan.has_classes,
+                plan.basis,
+                plan.start,
+                plan.scale,
+                plan.bias,
+                plan.token_scales,
+                plan.num_channels,
+                profile.head_dim,
+                cosine,
+                sine,
+                profile.is_neox,
+                (at + group * heads * head_bytes, token_bytes, head_bytes),
+                kv_bytes,
+                item == 2,
+            )
+            _raise_for(code, layer)
 
     def symbols(self, layer: int, *, group: int, num_levels: int) -> tuple[Symbols, Symbols]:
         """What K's and V's components of one head group were quantised to, at a level.
@@ -297,49 +302,75 @@ class OpenTransformChunk:
         Raises:
             CodecDataError: The sections are damaged, or not there.
         """
-        profile, plan, layout = self.profile, plan_of(self.profile), self.layout
-        tokens = self.meta.num_tokens - layout.num_exact
-        bands = [(layer * 2 + kv) * profile.groups + group for kv in range(2)]
+        plan = plan_of(self.profile)
+        tokens = self.meta.num_tokens - self.layout.num_exact
+        found = self._sections(layer, group, num_levels if tokens else 0)
+        data, spans, lut, tables, ids, groups, rows, has_cuts, bands = found
         shapes = [(max(1, int(plan.num_groups[band, num_levels - 1])), tokens, LANES) for band in bands]
         values = (np.zeros(shapes[0], np.int16), np.zeros(shapes[1], np.int16))
         some = [np.empty(padded(tokens), np.int16) if plan.has_classes[band] else _NO_CLASSES for band in bands]
         classes = (some[0], some[1])
-        data = unexported_bytes(self.payload)
-        for level in range(num_levels if tokens else 0):
-            spans = np.stack([layout.start_VL2G[level, layer, :, group], layout.stop_VL2G[level, layer, :, group]], 1)
-            self._check_sections(spans, level, layer, group)
-            code = decode_level(
-                data,
-                np.ascontiguousarray(spans),
-                plan.tables.lut_KF,
-                (plan.table_starts[bands[0], level], plan.table_starts[bands[1], level]),
-                (plan.class_starts[bands[0]], plan.class_starts[bands[1]]),
-                plan.num_groups[bands, level],
-                plan.num_rows[bands, level],
-                profile.num_levels - 1 - level,
-                level == 0,
-                values,
-                classes,
-            )
-            if code != OK:
-                raise CodecDataError(f"layer {layer}, level {level}: {ERRORS[code]}")
-        return (values[0], classes[0]), (values[1], classes[1])
+        code = decode_levels(data, spans, lut, tables, ids, groups, rows, has_cuts, bands, values, classes)
+        _raise_for(code, layer)
+        return (values[0], some[0]), (values[1], some[1])
 
-    def _check_sections(self, spans: NDArray[np.int64], level: int, layer: int, group: int) -> None:
-        for kv, (start, stop) in enumerate(spans.tolist()):
-            if stop > len(self.payload):
-                raise CodecDataError(f"layer {layer}, {'KV'[kv]}, level {level}: section behind the payload's end")
-            if stream.checksum(self.payload[start:stop]) != self.layout.checksum_VL2G[level, layer, kv, group]:
-                raise CodecDataError(f"layer {layer}, {'KV'[kv]}, level {level}: section does not match its checksum")
+    def _sections(self, layer: int, group: int, num_levels: int) -> Any:
+        """The first arguments of the compiled loops, for sections that are what their checksums say."""
+        payload, plan, profile = self.payload, plan_of(self.profile), self.profile
+        places, checksums = self._places
+        spans = places[layer, group, :num_levels]
+        of_layer = zip(spans.tolist(), checksums[layer][group], strict=False)
+        for level, (pair, expected) in enumerate(of_layer):
+            for kv, (start, stop) in enumerate(pair):
+                if stop > len(payload):
+                    raise CodecDataError(f"layer {layer}, {'KV'[kv]}, level {level}: section behind the payload's end")
+                if stream.checksum(payload[start:stop]) != expected[kv]:
+                    raise CodecDataError(
+                        f"layer {layer}, {'KV'[kv]}, level {level}: section does not match its checksum"
+                    )
+        key = layer * 2 * profile.groups + group
+        bands = (key, key + profile.groups)
+        tables = (
+            plan.tables.lut_KF,
+            plan.table_starts,
+            plan.class_starts,
+            plan.num_groups,
+            plan.num_rows,
+            plan.has_cuts,
+        )
+        return (self._data, spans, *tables, bands)
+
+    @cached_property
+    def _places(self) -> tuple[NDArray[np.int64], list[Any]]:
+        """Starts and stops `[L, G, V, 2, 2]` and checksums `[L][G][V][2]` of all sections."""
+        layout = self.layout
+        spans_VL2GS = np.stack([layout.start_VL2G, layout.stop_VL2G], axis=-1)
+        spans = np.ascontiguousarray(spans_VL2GS.transpose(1, 3, 0, 2, 4))
+        return spans, layout.checksum_VL2G.transpose(1, 3, 0, 2).tolist()
+
+    @cached_property
+    def _data(self) -> NDArray[np.uint8]:
+        # Whoever uses it has sliced the payload before: that fails once its owner has released it.
+        return unexported_bytes(self.payload)
+
+    @cached_property
+    def _exact(self) -> memoryview:
+        """The exact tokens of all layers, compared with their checksum once.
+
+        Raises:
+            CodecDataError: They do not match.
+        """
+        layout = self.layout
+        part = bytes(self.payload[layout.exact_start : layout.exact_stop])
+        if stream.checksum(part) != layout.exact_checksum:
+            raise CodecDataError("exact tokens do not match their checksum")
+        return memoryview(part)
 
     def _place_exact(self, layer: int, out_2TNH: torch.Tensor, position: int | None) -> None:
         layout, meta = self.layout, self.meta
         if not layout.num_exact:
             return
-        # Compared whenever a layer is decoded: they are few, and layers may be decoded in any order.
-        part = self.payload[layout.exact_start : layout.exact_stop]
-        if stream.checksum(part) != layout.exact_checksum:
-            raise CodecDataError("exact tokens do not match their checksum")
+        part = self._exact
         size = len(part) // meta.num_layers
         stored = np.frombuffer(part[layer * size : (layer + 1) * size], np.uint8).copy()
         shape = (2, layout.num_exact, meta.num_kv_heads, meta.head_dim)
@@ -354,13 +385,10 @@ class OpenTransformChunk:
         out_2TNH[:, : layout.num_exact] = exact
 
 
-def _flat(out_2TNH: torch.Tensor) -> tuple[NDArray[np.uint16], NDArray[np.float32]]:
-    """All memory that a tensor spans, as bfloat16's bits or as floats; the other one is empty."""
-    extent = sum((size - 1) * stride for size, stride in zip(out_2TNH.shape, out_2TNH.stride(), strict=True)) + 1
-    flat = out_2TNH.as_strided((extent,), (1,))
-    if out_2TNH.dtype == torch.float32:
-        return _NO_HALVES, flat.numpy()
-    return flat.view(torch.int16).numpy().view(np.uint16), _NO_FLOATS
+def _raise_for(code: int, layer: int) -> None:
+    if code != OK:
+        level, error = divmod(code, 8)
+        raise CodecDataError(f"layer {layer}, level {level}: {ERRORS[error]}")
 
 
 def _bytes_of(kv: torch.Tensor) -> bytes:
@@ -389,7 +417,7 @@ def _encode_layer(
         return [[b""] * (2 * profile.groups)] * num_levels
     # A copy in any case: keys are turned back in place.
     x_2TNH = torch.empty((2, tokens, *kv_2TNH.shape[2:]), dtype=torch.float32).copy_(kv_2TNH[:, exact:]).numpy()
-    if not np.isfinite(x_2TNH.min()) or not np.isfinite(x_2TNH.max()):
+    if not is_finite(x_2TNH.reshape(-1).view(np.int32)):
         raise CodecDataError(f"KV of layer {layer} is not finite")
     cosine, sine = rotary_tables(profile, first=meta.base_position + exact, count=tokens)
     unrotate(x_2TNH[0], cosine, sine, profile.is_neox)

@@ -3,7 +3,7 @@
 Covers: entropy decoding of the levels that are there, the exact inverse transform, rotation, rounding.
 Does not cover: where sections are (`kvstore.codecs.stream`), threads (`kvstore.codecs.transform`).
 
-A level 0 section: number of escapes u32; 16 states u32; escapes (index row * tokens + token u32, value i16); words u16.
+A level 0 section: number of escapes u32; escapes (index row * tokens + token u32, value i16); 16 states u32; words u16.
 Its symbols: the tokens' classes, where the profile has them (token t on lane t mod 16), then row groups, token by
 token.
 A refinement's section: 16 states u32, words u16.
@@ -21,7 +21,17 @@ from numba import types
 from kvstore.codecs.rans import FIRST_STATE
 from kvstore.codecs.rans_vectors import LANES, decode_streams
 from kvstore.codecs.transform_plan import MAX_VALUE
-from kvstore.codecs.transform_vectors import TILE_TOKENS, VECTOR, bfloat16_bits, byte_product, pack_row, rotate_16
+from kvstore.codecs.transform_vectors import (
+    TILE_TOKENS,
+    VECTOR,
+    bfloat16_16,
+    bfloat16_bits,
+    byte_product,
+    copy_bytes,
+    pack_row,
+    rotate_16,
+    scale_16,
+)
 from kvstore.compiled import compiled
 
 BLOCK: Final = 16
@@ -136,7 +146,7 @@ def _decode_classes(lut: Any, class_tables: Any, classes: Any, jobs: Any) -> int
         if len(classes[kv]) == 0:
             continue
         jobs[kv, 4], jobs[kv, 5] = class_tables[kv].ctypes.data, classes[kv].ctypes.data
-        decode_streams(lut.ctypes.data, jobs[kv].ctypes.data, 1, len(classes[kv]) // LANES, False)
+        decode_streams(lut.ctypes.data, jobs[kv].ctypes.data, 1, len(classes[kv]) // LANES, False, False)
         if jobs[kv, 1] > jobs[kv, 2]:
             return 2
         for token in range(len(classes[kv])):
@@ -156,6 +166,7 @@ def _decode_classes(lut: Any, class_tables: Any, classes: Any, jobs: Any) -> int
         _COUNTS,
         types.intp,
         types.boolean,
+        types.boolean,
         types.UniTuple(_VALUES, 2),
         _CLASS_PAIR,
     )
@@ -170,6 +181,7 @@ def decode_level(
     rows: Any,
     missing: int,
     is_base: bool,
+    has_cuts: bool,
     values: Any,
     classes: Any,
 ) -> int:
@@ -185,6 +197,7 @@ def decode_level(
         rows: Rows that may have escapes, i64[2].
         missing: Levels behind this one.
         is_base: Whether this is level 0; another one refines.
+        has_cuts: Whether `tables` are cuts, see `decode_streams`; never at level 0.
         values: Of both, i16[row groups, tokens, 16]; level 0 fills them.
         classes: Of both, in whole steps of 16 tokens, or empty; level 0 fills them.
     """
@@ -213,10 +226,10 @@ def decode_level(
             if group < groups[kv]:
                 jobs[kv, 4], jobs[kv, 5] = tables[kv][group].ctypes.data, values[kv][group].ctypes.data
         if group < both:
-            decode_streams(lut.ctypes.data, jobs.ctypes.data, 2, tokens, not is_base)
+            decode_streams(lut.ctypes.data, jobs.ctypes.data, 2, tokens, not is_base, has_cuts)
         else:
             longer = 0 if groups[0] > both else 1
-            decode_streams(lut.ctypes.data, jobs[longer].ctypes.data, 1, tokens, not is_base)
+            decode_streams(lut.ctypes.data, jobs[longer].ctypes.data, 1, tokens, not is_base, has_cuts)
     for kv in range(2):
         code = _ended(jobs[kv, 1], jobs[kv, 2], states[kv])
         if not code and is_base:
@@ -278,7 +291,12 @@ def inverse_block(
 @compiled(types.void(types.int32[::1], _ROW, _ROW, types.float32, types.intp, _F32))
 def scale_row(sums: Any, scale: Any, bias: Any, factor: Any, channels: int, out: Any) -> None:
     """`out = sums * (scale * factor) + bias`, in float32, each operation rounded."""
-    for channel in range(channels):
+    whole = channels // VECTOR * VECTOR
+    at_sums, at_scale, at_bias, at_out = sums.ctypes.data, scale.ctypes.data, bias.ctypes.data, out.ctypes.data
+    for channel in range(0, whole, VECTOR):
+        offset = 4 * channel
+        scale_16(at_sums + offset, at_scale + offset, at_bias + offset, factor, at_out + offset)
+    for channel in range(whole, channels):
         out[channel] = np.float32(sums[channel]) * (scale[channel] * factor) + bias[channel]
 
 
@@ -307,7 +325,17 @@ def rotate_row(row: Any, channels: int, head_dim: int, cosine: Any, sine: Any, i
                 row[head + 2 * index + 1] = other * cosine[index] + one * sine[index]
 
 
-_OUT_16, _OUT_32 = types.uint16[::1], types.float32[::1]
+@compiled(types.void(_F32, types.uint16[::1]))
+def round_row(row: Any, out: Any) -> None:
+    """Bits of the nearest bfloat16."""
+    whole = len(row) // VECTOR * VECTOR
+    at_row, at_out = row.ctypes.data, out.ctypes.data
+    for index in range(0, whole, VECTOR):
+        bfloat16_16(at_row + 4 * index, at_out + 2 * index)
+    for index in range(whole, len(row)):
+        out[index] = bfloat16_bits(row[index])
+
+
 _PLACE: Final = types.UniTuple(types.intp, 3)
 _MAIN: Final = (
     _VALUES,
@@ -325,8 +353,7 @@ _MAIN: Final = (
     types.boolean,
     types.boolean,
     _PLACE,
-    _OUT_16,
-    _OUT_32,
+    types.boolean,
 )
 
 
@@ -347,19 +374,19 @@ def inverse_band(
     is_neox: bool,
     is_key: bool,
     place: Any,
-    out_16: Any,
-    out_32: Any,
+    is_half: bool,
 ) -> None:
-    """Symbols to K or V of all tokens, in bfloat16 (`out_16`) or float32 (`out_32`): the other one is empty.
+    """Symbols to K or V of all tokens, in bfloat16 (`is_half`) or float32.
 
-    `place` is where the first value goes, and the distances from token to token and from head to head, in elements.
+    `place` is the address of the first value, and the distances from token to token and from head to head, in bytes.
     """
     tokens = values.shape[1]
     channels = len(scale)
     packed = np.zeros((BLOCK, max(LANES, groups * LANES)), np.uint8)
     sums = np.empty((BLOCK, basis.shape[0] * LANES), np.int32)
     cuts = np.empty(BLOCK * max(1, groups), np.int64)
-    row = np.empty(channels, np.float32)
+    row, halves = np.empty(channels, np.float32), np.empty(channels, np.uint16)
+    head_bytes = head_dim * (2 if is_half else 4)
     for first in range(0, tokens, BLOCK):
         count = min(BLOCK, tokens - first)
         inverse_block(values, groups, first, count, basis, start, packed, cuts, sums)
@@ -370,15 +397,10 @@ def inverse_band(
             scale_row(sums[token], scale, bias, scaled, channels, row)
             if is_key:
                 rotate_row(row, channels, head_dim, cosine[first + token], sine[first + token], is_neox)
+            source = row.ctypes.data
+            if is_half:
+                round_row(row, halves)
+                source = halves.ctypes.data
             at = place[0] + (first + token) * place[1]
             for head in range(channels // head_dim):
-                source = row[head * head_dim : (head + 1) * head_dim]
-                begin = at + head * place[2]
-                if len(out_16):
-                    target = out_16[begin : begin + head_dim]
-                    for index in range(head_dim):
-                        target[index] = bfloat16_bits(source[index])
-                else:
-                    wide = out_32[begin : begin + head_dim]
-                    for index in range(head_dim):
-                        wide[index] = source[index]
+                copy_bytes(at + head * place[2], source + head * head_bytes, head_bytes)

@@ -22,7 +22,7 @@ from kvstore.codecs.profile import Profile, ProfileDataError
 from kvstore.codecs.rans import FIRST_STATE
 from kvstore.codecs.rans_vectors import LANES, encode_group
 from kvstore.codecs.transform_plan import MAX_VALUE, Plan, encoder_starts, flat_bands, plan_of
-from kvstore.codecs.transform_vectors import float_product, quantised
+from kvstore.codecs.transform_vectors import float_product, quantise_16, refinement_16
 from kvstore.compiled import compiled
 
 BLOCK: Final = 16
@@ -31,7 +31,7 @@ _INVERSE_ERROR: Final = 1e-6
 """In bins: beyond it, the basis has no inverse worth the name."""
 
 TOO_LONG: Final = -1
-"""What `encode_band` returns when the sections do not fit."""
+"""What the encoders return when a section does not fit."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -138,6 +138,15 @@ _ENTRIES: Final = types.Array(types.uint32, 2, "C", readonly=True)
 _FLOAT: Final = types.float32
 
 
+@compiled(types.boolean(types.int32[::1]))
+def is_finite(bits: Any) -> bool:
+    """Whether all float32 are finite, from their bits: integers, because their greatest is found in vectors."""
+    greatest = np.int32(0)
+    for index in range(len(bits)):
+        greatest = max(greatest, bits[index] & np.int32(0x7FFFFFFF))
+    return bool(greatest < 0x7F800000)
+
+
 @compiled(types.void(types.float32[:, :, ::1], _F32_2, _F32_2, types.boolean))
 def unrotate(k_TNH: Any, cosine: Any, sine: Any, is_neox: bool) -> None:
     """Turn keys back to position 0, in place."""
@@ -185,16 +194,14 @@ def forward_band(
         at_start, size = start.ctypes.data, 4 * channels
         float_product(source, size, columns, width, at_start, out, 4 * rows, channels, BLOCK, matrix.shape[0])
         for token in range(count):
+            inverse = np.float32(1.0)
             if len(classes):
                 inverse = np.float32(1.0) / token_scales[classes[first + token]]
-                for row in range(rows):
-                    result[token, row] = result[token, row] * inverse
+            at_limit, at_value = limit.ctypes.data, values.ctypes.data + 2 * LANES * (first + token)
             for group in range(matrix.shape[0]):
-                of_group = result[token, group * LANES : (group + 1) * LANES]
-                limits = limit[group * LANES : (group + 1) * LANES]
-                target = values[group, first + token]
-                for lane in range(LANES):
-                    target[lane] = quantised(of_group[lane], rounding, dead_zone, limits[lane])
+                source = out + 4 * (rows * token + group * LANES)
+                target = at_value + 2 * LANES * tokens * group
+                quantise_16(source, inverse, rounding, dead_zone, at_limit + 4 * LANES * group, target)
 
 
 @compiled(types.intp(_OUT, types.intp, types.uint32))
@@ -301,14 +308,9 @@ def encode_refinement(values: Any, missing: int, groups: int, tables: Any, entri
     table, into, state = entries.ctypes.data, words.ctypes.data, states.ctypes.data
     for group in range(groups - 1, -1, -1):
         for token in range(tokens):
-            source = values[group, token]
-            for lane in range(LANES):
-                value = source[lane]
-                size = np.int16(abs(value) >> missing)
-                bit = np.int16(size & 1)
-                # Until a value has a sign, its first bit brings it.
-                symbols[token, lane] = np.int16(-bit) if size == 1 and value < 0 else bit
-                known[token, lane] = np.int16(size >> 1)
+            offset = 2 * LANES * token
+            source = values.ctypes.data + 2 * LANES * (group * tokens + token)
+            refinement_16(source, np.int16(missing), symbols.ctypes.data + offset, known.ctypes.data + offset)
         ids = tables[group].ctypes.data
         at = encode_group(table, into, at, state, ids, symbols.ctypes.data, known.ctypes.data, tokens)
     return _put_stream(out, 0, states, words, at)

@@ -31,7 +31,9 @@ class Plan:
     table_ids: NDArray[np.int32]
     """`[W, V, row group, context, lane]`; lanes without a row have the last table."""
     table_starts: NDArray[np.int32]
-    """First look-up entries of those tables."""
+    """First look-up entries of those tables; at refinements their cuts, where `has_cuts`."""
+    has_cuts: bool
+    """Whether all tables of refinements code -1, 0 and 1 only: then two slots say all about a table."""
     class_ids: NDArray[np.int32]
     """`[W, context, lane]`: one table, repeated."""
     class_starts: NDArray[np.int32]
@@ -95,11 +97,17 @@ def _build(profile: Profile) -> Plan:
     by_vector = basis.reshape(len(bands), rows // 4, 4, channels // LANES, LANES).transpose(0, 3, 1, 4, 2)
     by_group = ids.reshape(len(bands), levels, rows // LANES, LANES, NUM_CONTEXTS).transpose(0, 1, 2, 4, 3)
     table_ids = np.ascontiguousarray(by_group)
+    table_starts = table_ids * np.int32(FREQUENCY_SUM)
+    cuts = _cuts(profile.frequencies_KS)
+    has_cuts = bool((cuts[table_ids[:, 1:]] >= 0).all())
+    if has_cuts:
+        table_starts[:, 1:] = cuts[table_ids[:, 1:]]
     return Plan(
         num_channels=profile.num_channels,
         tables=tables,
         table_ids=table_ids,
-        table_starts=table_ids * np.int32(FREQUENCY_SUM),
+        table_starts=table_starts,
+        has_cuts=has_cuts,
         class_ids=class_ids,
         class_starts=class_ids * np.int32(FREQUENCY_SUM),
         has_classes=np.array([band.class_table is not None for band in bands]),
@@ -111,6 +119,14 @@ def _build(profile: Profile) -> Plan:
         scale=scale,
         token_scales=np.stack([band.token_scales for band in bands]),
     )
+
+
+def _cuts(frequencies_KS: NDArray[np.uint16]) -> NDArray[np.int32]:
+    """Where 0 begins, and 1 (16 bits above), of each table and of the one for nobody; -1: it codes more than that."""
+    zero = frequencies_KS.shape[1] // 2
+    minus, none, plus = (frequencies_KS[:, zero + value].astype(np.int32) for value in (-1, 0, 1))
+    cuts = np.where(minus + none + plus == FREQUENCY_SUM, minus | minus + none << 16, -1)
+    return np.append(cuts, FREQUENCY_SUM << 16).astype(np.int32)
 
 
 def encoder_starts(ids: NDArray[np.int32]) -> NDArray[np.int32]:

@@ -1,9 +1,9 @@
 """Matrix products and elementwise steps of the `transform` codec, as vectors.
 
-Covers: tiles of 4 tokens (8-bit integers with exact 32-bit sums; floats), packing, quantising, rounding to bfloat16.
-Does not cover: in which order (`kvstore.codecs.transform_bands`).
+Covers: tiles of 8 tokens (8-bit integers with exact 32-bit sums; floats), packing, quantising, rounding to bfloat16.
+Does not cover: in which order (`kvstore.codecs.transform_decode`).
 
-A product is `accumulator[4, V * 16] = start[V * 16] + a[4, k] @ b[k, V * 16]`, where one k is 32 bits of a: one float,
+A product is `accumulator[8, V * 16] = start[V * 16] + a[8, k] @ b[k, V * 16]`, where one k is 32 bits of a: one float,
 or four unsigned bytes. `b` is stored by vectors of 16 columns: `[V, k, 16 columns, 4 bytes]`.
 """
 
@@ -19,8 +19,10 @@ from kvstore.compiled import compiled
 
 VECTOR: Final = 16
 """Columns of one vector."""
-TILE_TOKENS: Final = 4
-_TILE_VECTORS: Final = 4
+TILE_TOKENS: Final = 8
+_TILE_VECTORS: Final = 3
+"""24 sums, 3 columns and a factor fit 32 registers. The more tokens use what is read of the matrix, the better: it
+does not fit the first-level cache."""
 _BYTES: Final = 64
 
 _I1, _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
@@ -166,18 +168,18 @@ _PRODUCT: Final = "void(uintp, intp, uintp, intp, uintp, uintp, intp, intp, intp
 def byte_product(
     a: int, a_bytes: int, b: int, b_bytes: int, start: int, out: int, out_bytes: int, k: int, tokens: int, vectors: int
 ) -> None:
-    """`out[tokens, vectors * 16] = start + a @ b` in exact 32-bit integers; tokens a multiple of 4, k > 0.
+    """`out[tokens, vectors * 16] = start + a @ b` in exact 32-bit integers; tokens a multiple of 8, k > 0.
 
     Addresses, and bytes from row to row: `a` u8[tokens, 4 * k], `b` i8[vectors, k, 16, 4], `start` i32[vectors * 16],
     `out` i32[tokens, vectors * 16].
     """
-    for token in range(0, tokens, 4):
+    for token in range(0, tokens, TILE_TOKENS):
         row, target = a + token * a_bytes, out + token * out_bytes
         vector = 0
-        while vector + 4 <= vectors:
+        while vector + _TILE_VECTORS <= vectors:
             at = vector * 64
             _bytes_wide(row, a_bytes, b + vector * b_bytes, b_bytes, start + at, target + at, out_bytes, k)
-            vector += 4
+            vector += _TILE_VECTORS
         while vector < vectors:
             at = vector * 64
             _bytes_narrow(row, a_bytes, b + vector * b_bytes, b_bytes, start + at, target + at, out_bytes, k)
@@ -188,14 +190,14 @@ def byte_product(
 def float_product(
     a: int, a_bytes: int, b: int, b_bytes: int, start: int, out: int, out_bytes: int, k: int, tokens: int, vectors: int
 ) -> None:
-    """As `byte_product`, in floats: `a` f32[tokens, k], `b` f32[vectors, k, 16]."""
-    for token in range(0, tokens, 4):
+    """As `byte_product`, in floats: `a` f32[tokens, k], `b` f32[vectors, k, 16]; tokens a multiple of 8."""
+    for token in range(0, tokens, TILE_TOKENS):
         row, target = a + token * a_bytes, out + token * out_bytes
         vector = 0
-        while vector + 4 <= vectors:
+        while vector + _TILE_VECTORS <= vectors:
             at = vector * 64
             _floats_wide(row, a_bytes, b + vector * b_bytes, b_bytes, start + at, target + at, out_bytes, k)
-            vector += 4
+            vector += _TILE_VECTORS
         while vector < vectors:
             at = vector * 64
             _floats_narrow(row, a_bytes, b + vector * b_bytes, b_bytes, start + at, target + at, out_bytes, k)
@@ -243,22 +245,53 @@ def _emit_bfloat16(_context: Any, b: Any, _signature: Any, args: Any) -> Any:
 
 
 @intrinsic
-def quantised(_context: Any, value: Any, rounding: Any, dead_zone: Any, limit: Any) -> Any:
-    """`sign(value) * min(floor(|value| + rounding), limit)`; 0 below `dead_zone`. `limit` < 2^15; NaN gives 0."""
-    del value, rounding, dead_zone, limit
-    return types.int16(*[types.float32] * 4), _emit_quantised
+def quantise_16(_context: Any, values: Any, inverse: Any, rounding: Any, dead_zone: Any, limits: Any, out: Any) -> Any:
+    """16 values (f32) at an address to symbols (i16) at another one.
+
+    With x = value * inverse, `sign(x) * min(floor(|x| + rounding), limit)`; 0 below `dead_zone`.
+    Limits (f32) < 2^15; NaN gives 0.
+    """
+    del values, inverse, rounding, dead_zone, limits, out
+    single = types.float32
+    return types.void(types.uintp, single, single, single, types.uintp, types.uintp), _emit_quantise
 
 
-def _emit_quantised(_context: Any, b: Any, _signature: Any, args: Any) -> Any:
-    value, rounding, dead_zone, limit = args
-    size = b.call(_declare(b, "llvm.fabs.f32", _F32, [_F32]), [value])
+def _emit_quantise(context: Any, b: Any, _signature: Any, args: Any) -> Any:
+    values, inverse, rounding, dead_zone, limits, out = args
+    inverse, rounding, dead_zone = (_splat(b, each, _VF) for each in (inverse, rounding, dead_zone))
+    value = b.fmul(b.load(b.inttoptr(values, _PTR), align=4, typ=_VF), inverse)
+    limit = b.load(b.inttoptr(limits, _PTR), align=4, typ=_VF)
+    size = b.call(_declare(b, "llvm.fabs.v16f32", _VF, [_VF]), [value])
     raised = b.fadd(size, rounding)
     # Ordered comparisons: a NaN is neither below the limit nor above the dead zone.
     bounded = b.select(b.fcmp_ordered("<", raised, limit), raised, limit)
-    whole = b.fptosi(bounded, _I32)
-    kept = b.select(b.fcmp_ordered(">=", size, dead_zone), whole, _I32(0))
-    signed = b.select(b.fcmp_ordered("<", value, _F32(0.0)), b.sub(_I32(0), kept), kept)
-    return b.trunc(signed, _I16)
+    whole = b.fptosi(bounded, _V32)
+    kept = b.select(b.fcmp_ordered(">=", size, dead_zone), whole, _constants(_V32, 0))
+    negative = b.fcmp_ordered("<", value, ir.Constant(_VF, [0.0] * VECTOR))
+    signed = b.select(negative, b.sub(_constants(_V32, 0), kept), kept)
+    b.store(b.trunc(signed, _V16), b.inttoptr(out, _PTR), align=2)
+    return context.get_dummy_value()
+
+
+@intrinsic
+def refinement_16(_context: Any, values: Any, missing: Any, symbols: Any, known: Any) -> Any:
+    """Of 16 symbols (i16): the bit that a level adds, and what is known before it, both i16; all at addresses."""
+    del values, missing, symbols, known
+    return types.void(types.uintp, types.int16, types.uintp, types.uintp), _emit_refinement
+
+
+def _emit_refinement(context: Any, b: Any, _signature: Any, args: Any) -> Any:
+    values, missing, symbols, known = args
+    value = b.load(b.inttoptr(values, _PTR), align=2, typ=_V16)
+    magnitude = b.call(_declare(b, "llvm.abs.v16i16", _V16, [_V16, _I1]), [value, _I1(0)])
+    size = b.lshr(magnitude, _splat(b, missing, _V16))
+    one = _constants(_V16, 1)
+    bit = b.and_(size, one)
+    # Until a value has a sign, its first bit brings it.
+    brings = b.and_(b.icmp_signed("==", size, one), b.icmp_signed("<", value, _constants(_V16, 0)))
+    b.store(b.select(brings, _constants(_V16, -1), bit), b.inttoptr(symbols, _PTR), align=2)
+    b.store(b.lshr(size, one), b.inttoptr(known, _PTR), align=2)
+    return context.get_dummy_value()
 
 
 @intrinsic
@@ -273,4 +306,49 @@ def _emit_rotate(context: Any, b: Any, _signature: Any, args: Any) -> Any:
     low, high, cosine, sine = (b.load(place, align=4, typ=_VF) for place in places)
     b.store(b.fsub(b.fmul(low, cosine), b.fmul(high, sine)), places[0], align=4)
     b.store(b.fadd(b.fmul(high, cosine), b.fmul(low, sine)), places[1], align=4)
+    return context.get_dummy_value()
+
+
+@intrinsic
+def scale_16(_context: Any, sums: Any, scale: Any, bias: Any, factor: Any, out: Any) -> Any:
+    """`out = sums * (scale * factor) + bias` of 16 channels at addresses, in float32, each operation rounded."""
+    del sums, scale, bias, factor, out
+    return types.void(types.uintp, types.uintp, types.uintp, types.float32, types.uintp), _emit_scale
+
+
+def _emit_scale(context: Any, b: Any, _signature: Any, args: Any) -> Any:
+    sums, scale, bias, factor, out = args
+    total = b.sitofp(b.load(b.inttoptr(sums, _PTR), align=4, typ=_V32), _VF)
+    scale, bias = (b.load(b.inttoptr(each, _PTR), align=4, typ=_VF) for each in (scale, bias))
+    value = b.fadd(b.fmul(total, b.fmul(scale, _splat(b, factor, _VF))), bias)
+    b.store(value, b.inttoptr(out, _PTR), align=4)
+    return context.get_dummy_value()
+
+
+@intrinsic
+def bfloat16_16(_context: Any, values: Any, out: Any) -> Any:
+    """16 finite float32 at an address, rounded to bfloat16 (ties to even), at another one."""
+    del values, out
+    return types.void(types.uintp, types.uintp), _emit_bfloat16_16
+
+
+def _emit_bfloat16_16(context: Any, b: Any, _signature: Any, args: Any) -> Any:
+    bits = b.load(b.inttoptr(args[0], _PTR), align=4, typ=_V32)
+    odd = b.and_(b.lshr(bits, _constants(_V32, 16)), _constants(_V32, 1))
+    rounded = b.lshr(b.add(b.add(bits, _constants(_V32, 0x7FFF)), odd), _constants(_V32, 16))
+    b.store(b.trunc(rounded, _V16), b.inttoptr(args[1], _PTR), align=2)
+    return context.get_dummy_value()
+
+
+@intrinsic
+def copy_bytes(_context: Any, target: Any, source: Any, count: Any) -> Any:
+    """Copy bytes from address to address."""
+    del target, source, count
+    return types.void(types.uintp, types.uintp, types.intp), _emit_copy
+
+
+def _emit_copy(context: Any, b: Any, _signature: Any, args: Any) -> Any:
+    target, source = (b.inttoptr(address, _PTR) for address in args[:2])
+    function = _declare(b, "llvm.memcpy.p0.p0.i64", ir.VoidType(), [_PTR, _PTR, _I64, _I1])
+    b.call(function, [target, source, args[2], _I1(0)])
     return context.get_dummy_value()

@@ -9,6 +9,7 @@ come from (`kvstore.engine.profiles`).
 import logging
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Final, Protocol
@@ -21,7 +22,7 @@ from kvstore.codecs import TRANSFORM, ProfileMissingError, codec_by_name, codec_
 from kvstore.codecs.controller import Path, choose_form
 from kvstore.codecs.profile import Profile
 from kvstore.engine.params import Handoff
-from kvstore.engine.profiles import ProfileShelf, load_profile, misfit, shipped_profiles
+from kvstore.engine.profiles import MAX_KEPT, ProfileShelf, load_profile, misfit, shipped_profiles
 from kvstore.engine.settings import ConnectorSettings
 from kvstore.engine.speeds import SpeedMeter
 from kvstore.interfaces import ChunkMeta
@@ -29,6 +30,8 @@ from kvstore.keys import KvScope
 
 logger = logging.getLogger(__name__)
 
+FIRST_BYTES: Final = 64
+"""Bytes at a payload's start by which a format says how long its head is."""
 _PROFILE_S: Final = 2.0
 """Bound on asking the store about a profile while chunks are saved."""
 _LEVEL_BITS: Final = (1.2, 2.0, 3.0, 4.0)
@@ -79,7 +82,7 @@ class ChunkFormat(Protocol):
         ...
 
     def head_bytes(self, payload: memoryview, *, meta: ChunkMeta) -> int:
-        """Bytes that must be in place for `open`.
+        """Bytes that must be in place for `open`; looks at the first `FIRST_BYTES` only.
 
         Raises:
             DataError: The payload is shorter than that.
@@ -131,7 +134,7 @@ class Coding:
         self._shelf = shelf
         self._meter = meter
         self._layered = LAYERED if layered is None else layered
-        self._formats: dict[tuple[str, str], ChunkFormat] = {}
+        self._formats: OrderedDict[tuple[str, str], ChunkFormat] = OrderedDict()
         self._lock = threading.Lock()
         self._is_layered = settings.codec in self._layered
         if not self._is_layered:
@@ -217,11 +220,13 @@ class Coding:
         return codec_by_name(meta.codec).decode(payload, meta=meta)
 
     def _format(self, name: str, profile: Profile) -> ChunkFormat:
-        # Encoders invert matrices when they are made.
+        key = (name, profile.id)
         with self._lock:
-            found = self._formats.get((name, profile.id))
-            if found is None:
-                found = self._formats[name, profile.id] = self._layered[name](profile)
+            found = self._formats.pop(key, None) or self._layered[name](profile)
+            self._formats[key] = found
+            # A format keeps its profile alive: as many as the shelf keeps, and the worker's own.
+            while len(self._formats) > MAX_KEPT + 1:
+                self._formats.popitem(last=False)
             return found
 
     def _writing_profile(self) -> Profile | None:

@@ -61,7 +61,12 @@ class LinkProbe:
             began_s, seen = time.monotonic(), _arrived(streams)
             first = seen
             while seen < total_bytes and not self._stop.is_set() and time.monotonic() - began_s < self._watch_s:
-                current = next(s for s in streams if s.wait_bytes(len(s.payload), deadline_s=0.0) < len(s.payload))
+                missing = (s for s in streams if s.wait_bytes(len(s.payload), deadline_s=0.0) < len(s.payload))
+                current = next(missing, None)
+                if current is None:
+                    # The last bytes came since they were counted.
+                    seen = total_bytes
+                    break
                 slice_s = time.monotonic()
                 current.wait_bytes(len(current.payload), deadline_s=_SLICE_S)
                 if time.monotonic() - slice_s < _SLICE_S / 2 and _arrived(streams) == seen:

@@ -27,7 +27,7 @@ from cluster.errors import DataError
 from kvstore.codecs import ProfileMissingError
 from kvstore.codecs.controller import Choice, Path, Rest, choose, patience_s
 from kvstore.codecs.raw import DTYPES
-from kvstore.engine.coding import ChunkFormat, Coding
+from kvstore.engine.coding import FIRST_BYTES, ChunkFormat, Coding
 from kvstore.engine.layers import DecodedLayer, Held, LayeredDecode, NotLoadedError, WholeStream, release
 from kvstore.engine.params import ChunkSpan
 from kvstore.engine.probing import LinkProbe
@@ -158,11 +158,11 @@ class ChunkReading:
     def _open_ahead(self) -> None:
         client = self._reader.store()
         while len(self._ahead) <= AHEAD and self._next + len(self._ahead) < len(self._spans):
-            span = self._spans[self._next + len(self._ahead)]
-            self._ahead.append(client.stream(span.key, deadline_s=self._left_s()))
-            if self._ahead[-1] is None:
+            if self._ahead and self._ahead[-1] is None:
                 # What follows a gap is of no use; whether this is one, `_read_whole` finds out.
                 break
+            span = self._spans[self._next + len(self._ahead)]
+            self._ahead.append(client.stream(span.key, deadline_s=self._left_s()))
 
     def _read_whole(self, span: ChunkSpan) -> Piece:
         """A chunk that no stream could be had of: perhaps other nodes are about to tell that they hold it."""
@@ -189,7 +189,7 @@ class ChunkReading:
             self._is_link_watched = True
             self._arrivals.restart(self._arrived(arrived_bytes))
         if path == "remote":
-            self._wait(stream, 1, expected_s=0.0, recompute_s=self._recompute_s())
+            self._wait(stream, FIRST_BYTES, expected_s=0.0, recompute_s=self._recompute_s())
         meta = self._checked_meta(span, stream)
         chunk_format = self._format(meta)
         if chunk_format is None:

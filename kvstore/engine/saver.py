@@ -137,9 +137,9 @@ class Saver:
         outcome: SaveOutcome = "error"
         try:
             form = self._coding.form_of(meta, handoff=op.handoff)
+            # Before the chunk can be read: who misses the profile does not ask for it again for a while.
+            self._coding.publish(form)
             outcome = self._reserve_and_commit(op.span.key, form, gathered)
-            if outcome == "stored":
-                self._coding.publish(form)
         except Exception:
             logger.exception("event=save_failed key=%s", op.span.key.hex()[:12])
         finally:

@@ -35,6 +35,7 @@ from loadtest.bench_store import Measured
 from loadtest.bench_store.shaped import HOLDER_HOST, READER_HOST, LinkUnavailableError, ShapedLink
 
 RATE: Final = "300mbit"
+_RATE_BYTES_PER_S: Final = 300e6 / 8
 CONTEXT_TOKENS: Final = 3072
 QUICK_CONTEXT_TOKENS: Final = 1024
 QUESTION_TOKENS: Final = 24
@@ -48,15 +49,14 @@ _SAVE_S: Final = 60.0
 _HOST_BYTES: Final = 2 << 30
 
 
-def measure(settings: CodecBenchSettings, *, log: Log, profile: str | None = None) -> Measured:
+def measure(settings: CodecBenchSettings, *, log: Log) -> Measured:
     """Start stores and engines, measure, stop them.
 
     The link needs root and network namespaces; without them its figures are missing, and the reason is in the detail.
 
     Args:
-        settings: Model, text, and how much of it.
+        settings: Model, profile, text, and how much of it.
         log: Told what is being done.
-        profile: As `engine.connector.profile`; None takes the shipped one.
 
     Raises:
         UnavailableError: No engine can be had here.
@@ -66,7 +66,7 @@ def measure(settings: CodecBenchSettings, *, log: Log, profile: str | None = Non
     tokenizer = Tokenizer(settings.model)
     document = read_documents(settings.data, count=1, num_tokens=context + QUESTION_TOKENS, tokenize=tokenizer)[0]
     with tempfile.TemporaryDirectory(prefix="learnonce-e2e-") as scratch, ExitStack() as stack:
-        coder = ConnectorSettings(recompute_when_faster=False, codec="transform", level=LEVEL, profile=profile)
+        coder = ConnectorSettings(recompute_when_faster=False, codec="transform", level=LEVEL, profile=settings.profile)
         bench = _Bench(settings.model, document.ids, coder=coder, repeats=repeats, folder=Path(scratch), log=log)
         try:
             link: ShapedLink | None = stack.enter_context(ShapedLink(rate=RATE))
@@ -75,8 +75,6 @@ def measure(settings: CodecBenchSettings, *, log: Log, profile: str | None = Non
             link, reason = None, str(error)
             log(f"e2e: without the shaped link: {reason}")
         paths = bench.run(link)
-    local, shaped = paths["shared_memory"], paths.get("shaped")
-    figures = {"e2e_ttft_ratio_to_raw_shm": local["transform"]["ttft_s"] / local["raw"]["ttft_s"]}
     detail: dict[str, Any] = {
         "context_tokens": context,
         "document": document.name,
@@ -84,20 +82,46 @@ def measure(settings: CodecBenchSettings, *, log: Log, profile: str | None = Non
         "rate": RATE,
         **paths,
     }
-    if shaped is None:
-        return Measured(figures=figures, detail=detail | {"shaped": {"skipped": reason}})
-    own_s = shaped["transform"]["ttft_s"]
-    figures["shaped_ttft_raw_over_transform"] = shaped["raw"]["ttft_s"] / own_s
-    figures["shaped_ttft_recompute_over_transform"] = local["recompute"]["ttft_s"] / own_s
-    bars = [
-        {"name": name, "ttft_s": found["ttft_s"], "quality": found["quality"]}
-        for name, found in (
-            ("recompute", local["recompute"]),
-            ("naive load", shaped["raw"]),
-            ("encoded load", shaped["transform"]),
-        )
-    ]
-    return Measured(figures=figures, detail=detail | {"bars": bars})
+    if link is None:
+        return Measured(figures=ttft_figures(paths), detail=detail | {"shaped": {"skipped": reason}})
+    bars = slide_bars(paths)
+    return Measured(figures=ttft_figures(paths), detail=detail | {"bars": bars, "link_floors": link_floors(paths)})
+
+
+def ttft_figures(paths: Mapping[str, Any]) -> dict[str, float]:
+    """The flat figures of what `_Bench.run` found; without a link only the one that needs none."""
+    local, shaped = paths["shared_memory"], paths.get("shaped")
+    figures = {"e2e_ttft_ratio_to_raw_shm": _ratio(local["transform"], local["raw"])}
+    if shaped is not None:
+        figures["shaped_ttft_raw_over_transform"] = _ratio(shaped["raw"], shaped["transform"])
+        figures["shaped_ttft_recompute_over_transform"] = _ratio(local["recompute"], shaped["transform"])
+    return figures
+
+
+def slide_bars(paths: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Computing, loading raw and loading coded KV over the link: seconds, with the quality of each."""
+    shown = {
+        "recompute": paths["shared_memory"]["recompute"],
+        "naive load": paths["shaped"]["raw"],
+        "encoded load": paths["shaped"]["transform"],
+    }
+    return [{"name": name, "ttft_s": each["ttft_s"], "quality": each["quality"]} for name, each in shown.items()]
+
+
+def link_floors(paths: Mapping[str, Any]) -> dict[str, float]:
+    """What the link alone takes, and how raw KV of 16 bits would compare where the engine's has 32.
+
+    The last figure is a bound from below: the bytes of half the width on the link, and nothing else, over the measured
+    time with `transform`.
+    """
+    raw_s, own_s = (paths["stored_bytes"][form] / _RATE_BYTES_PER_S for form in ("raw", "transform"))
+    raw_16_bit_s = raw_s / 2 if paths["kv_dtype"] == "float32" else raw_s
+    return {
+        "raw_s": raw_s,
+        "transform_s": own_s,
+        "raw_16_bit_s": raw_16_bit_s,
+        "raw_16_bit_link_over_transform_ttft": raw_16_bit_s / paths["shaped"]["transform"]["ttft_s"],
+    }
 
 
 class _Bench:
@@ -124,7 +148,12 @@ class _Bench:
             self._log(f"e2e: learning {len(self._ids)} tokens")
             # What is handed over within a node is raw, whatever the codec is.
             forms: dict[str, Handoff] = {"raw": "local", "transform": "none"}
-            spans = {form: self._learn(learning, holder, secret, form, handoff) for form, handoff in forms.items()}
+            learned = {form: self._learn(learning, holder, secret, form, handoff) for form, handoff in forms.items()}
+            spans = {form: held for form, (held, _) in learned.items()}
+            found: dict[str, Any] = {
+                "kv_dtype": learning.scope.kv_dtype,
+                "stored_bytes": {form: num_bytes for form, (_, num_bytes) in learned.items()},
+            }
             samples: dict[str, dict[str, list[Answered]]] = {"shaped": {}, "shared_memory": {}}
             # The first round pays for first touches.
             for turn in range(-1, self._repeats):
@@ -133,13 +162,12 @@ class _Bench:
                     if link is not None:
                         _forget(reader, secret, held)
                     for path in ("shaped", "shared_memory") if link is not None else ("shared_memory",):
-                        answer = self._ask(asking, held, f"{form} {path} {turn}")
+                        answer = self._ask(asking, held, f"{form} {path} {turn}", is_whole=turn == 0)
                         samples[path].setdefault(form, []).extend([answer] if turn >= 0 else [])
-                if turn < 2:
-                    answer = self._ask(asking, None, f"recompute {turn}")
-                    samples["shared_memory"].setdefault("recompute", []).extend([answer] if turn >= 0 else [])
+                answer = self._ask(asking, None, f"recompute {turn}", is_whole=turn == 0)
+                samples["shared_memory"].setdefault("recompute", []).extend([answer] if turn >= 0 else [])
             exact = samples["shared_memory"]["recompute"][0]
-            found: dict[str, Any] = {
+            found |= {
                 path: {form: _summary(exact, answers) for form, answers in by_form.items()}
                 for path, by_form in samples.items()
                 if by_form
@@ -180,7 +208,8 @@ class _Bench:
 
     def _learn(
         self, engine: EngineChild, store: StoreProcess, secret: bytes, form: str, handoff: Handoff
-    ) -> tuple[ChunkSpan, ...]:
+    ) -> tuple[tuple[ChunkSpan, ...], int]:
+        """The chunks, and the bytes that they take in the store."""
         spans = self._spans(root_key(engine.scope, salt=form))
         transfer = build_transfer_params(save=spans, load_deadline_s=1.0, handoff=handoff)
         engine.ask(self._ids, salt=f"learn {form}", transfer=transfer)
@@ -190,6 +219,7 @@ class _Bench:
                 raise UnavailableError(f"the engine did not save its chunks: {engine.counters()}")
             leases = client.read([span.key for span in spans], deadline_s=_SAVE_S)
             codecs = {lease.meta.codec for lease in leases if lease is not None}
+            num_bytes = sum(len(lease.payload) for lease in leases if lease is not None)
             for lease in leases:
                 if lease is not None:
                     lease.release()
@@ -197,7 +227,7 @@ class _Bench:
                 raise UnavailableError(f"chunks were stored as {codecs}, not as {form}")
         finally:
             client.close()
-        return spans
+        return spans, num_bytes
 
     def _spans(self, root: ChunkKey) -> tuple[ChunkSpan, ...]:
         edges = list(range(0, len(self._ids) - QUESTION_TOKENS + 1, CHUNK_TOKENS))
@@ -207,13 +237,25 @@ class _Bench:
             for key, (start, stop) in zip(chain_keys(root, parts), pairwise(edges), strict=True)
         )
 
-    def _ask(self, engine: EngineChild, spans: Sequence[ChunkSpan] | None, salt: str) -> Answered:
+    def _ask(self, engine: EngineChild, spans: Sequence[ChunkSpan] | None, salt: str, *, is_whole: bool) -> Answered:
+        """Ask once; the whole answer, which says how good it is, or its first token only."""
+        max_tokens = ANSWER_TOKENS if is_whole else 1
         transfer = None if spans is None else build_transfer_params(load=spans, load_deadline_s=_DEADLINE_S)
-        answer = engine.ask(self._ids, salt=salt, transfer=transfer, max_tokens=ANSWER_TOKENS, logprobs=_LOGPROBS)
+        answer = engine.ask(self._ids, salt=salt, transfer=transfer, max_tokens=max_tokens, logprobs=_LOGPROBS)
         expected = 0 if spans is None else spans[-1].stop
         if answer.cached_tokens != expected:
             raise UnavailableError(f"{salt}: {answer.cached_tokens} of {expected} tokens were loaded")
         return answer
+
+
+def _ratio(one: Mapping[str, Any], other: Mapping[str, Any]) -> float:
+    """Median over rounds: what a round finds was measured within seconds, on a machine that others may use.
+
+    Example:
+        >>> _ratio({"samples_s": [2.0, 30.0, 4.0]}, {"samples_s": [1.0, 10.0, 2.0]})
+        2.0
+    """
+    return float(statistics.median(a / b for a, b in zip(one["samples_s"], other["samples_s"], strict=True)))
 
 
 def _summary(exact: Answered, answers: Sequence[Answered]) -> dict[str, Any]:
@@ -224,7 +266,7 @@ def _summary(exact: Answered, answers: Sequence[Answered]) -> dict[str, Any]:
         "samples_s": [answer.ttft_s for answer in answers],
         "first_token_kl": kl,
         "same_answer_tokens": same,
-        "quality": "exact" if answers[0] is exact else f"KL {kl:.4f}, {same}/{ANSWER_TOKENS} tokens",
+        "quality": "exact" if answers[0] is exact else f"KL {kl:.4f}, first {same} of {ANSWER_TOKENS} tokens same",
     }
 
 
@@ -254,4 +296,6 @@ def _first_kl(exact: Mapping[str, float], other: Mapping[str, float]) -> float:
         0.0
     """
     least = min(other.values(), default=0.0)
-    return sum(math.exp(log_p) * (log_p - other.get(token, least)) for token, log_p in exact.items())
+    found = sum(math.exp(log_p) * (log_p - other.get(token, least)) for token, log_p in exact.items())
+    # Without the tail, rounding alone can make it negative.
+    return max(0.0, found)

@@ -132,8 +132,12 @@ def _transform_jobs(
     one_2TNH = torch.empty(chunks[0].meta.shape[1:], dtype=torch.bfloat16)
 
     def to_pages(point: str) -> None:
-        layers = _each(num_layers, len(chunks))
-        list(threads.map(decode_layer_to_pages, opened[point] * num_layers, layers, repeat(pages)))
+        if len(chunks) % num_cores:
+            # Chunks would not keep every core busy to the end: layers do.
+            layers = _each(num_layers, len(chunks))
+            list(threads.map(decode_layer_to_pages, opened[point] * num_layers, layers, repeat(pages)))
+        else:
+            list(threads.map(decode_chunk_to_pages, opened[point], repeat(pages)))
 
     def one_layer() -> None:
         for chunk in chunks:
@@ -179,6 +183,12 @@ def decode_layer_to_pages(chunk: OpenTransformChunk, layer: int, pages: torch.Te
     first, count = chunk.meta.base_position // page_tokens, num_tokens // page_tokens
     part = pages[layer, first : first + count].view(count, num_heads, page_tokens, 2, head_dim)
     part.permute(3, 0, 2, 1, 4).copy_(out_2TNH.view(2, count, page_tokens, num_heads, head_dim))
+
+
+def decode_chunk_to_pages(chunk: OpenTransformChunk, pages: torch.Tensor) -> None:
+    """Decode all layers of a chunk; several threads take several chunks, as loads of several requests do."""
+    for layer in range(chunk.meta.num_layers):
+        decode_layer_to_pages(chunk, layer, pages)
 
 
 def _shares(medians_s: Mapping[str, float], transform: TransformScheme) -> dict[str, float]:

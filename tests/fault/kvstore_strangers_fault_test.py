@@ -41,7 +41,7 @@ from kvstore.testing.store_client import SOON_S, read_bytes, write_chunk
 from kvstore.transport.tcp_wire import parse_address
 
 SECRET = b"a secret of a test cluster"
-HANDSHAKE_S = 2.0
+HANDSHAKE_S = 5.0
 NAME = "stranger"
 
 

@@ -9,6 +9,7 @@ import random
 import struct
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -88,6 +89,7 @@ BANDS: dict[str, dict[str, Any]] = {
     "token scales": {"token_scales": changed(BAND.token_scales, 1, -1.0)},
     "class 0": {"token_scales": changed(BAND.token_scales, 0, 2.0)},
     "class table": {"class_table": 15},
+    "class table without all classes": {"class_table": 0},
 }
 PROFILES: dict[str, dict[str, Any]] = {
     "no layers": {"num_layers": 0},
@@ -139,6 +141,16 @@ def test_damaged_files_are_refused_or_have_another_id() -> None:
         else:
             assert (profile.id == profile_id) == (damaged == data)
     assert refused > 100
+
+
+def test_an_empty_array_of_an_impossible_shape_is_refused() -> None:
+    data = make_profile().to_bytes()
+    (length,) = struct.unpack_from("<I", data, 12)
+    header = msgspec.msgpack.decode(data[16 : 16 + length])
+    header["arrays"]["encoder/none"] = {"dtype": "<f4", "shape": [0, 1 << 31, 1 << 31, 1 << 31], "offset": 0}
+    packed = msgspec.msgpack.encode(header)
+    with pytest.raises(ProfileDataError, match="shape"):
+        Profile.from_bytes(data[:12] + struct.pack("<I", len(packed)) + packed + bytes(len(data)))
 
 
 def test_files_of_another_version_are_refused() -> None:

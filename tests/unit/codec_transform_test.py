@@ -19,6 +19,7 @@ from kvstore.codecs.profile import Profile
 from kvstore.codecs.raw import CodecDataError
 from kvstore.codecs.stream import read_header, truncate
 from kvstore.codecs.transform import TransformCodec
+from kvstore.codecs.transform_plan import plan_of
 from kvstore.codecs.transform_stages import decode_stages_s
 from kvstore.interfaces import ChunkMeta
 from kvstore.testing.profiles import make_profile, make_profile_kv, make_profile_meta
@@ -53,6 +54,23 @@ def test_decoded_kv_is_that_of_the_plain_decoder_to_the_bit(name: str, dtype: st
             decoded = TransformCodec(profile).decode(prefix, meta=meta)
             expected = decode_reference(payload, meta=meta, profile=profile, num_levels=level + 1)
             assert torch.equal(decoded, expected)
+
+
+def test_refinements_decode_alike_with_cuts_and_with_look_up_tables() -> None:
+    """A refinement's table that codes more than -1, 0 and 1 cannot be told by two slots."""
+    plain = make_profile(with_classes=True, seed=1)
+    frequencies_KS = plain.frequencies_KS.copy()
+    zero = frequencies_KS.shape[1] // 2
+    frequencies_KS[0, [zero, zero + 2]] += np.array([-1, 1], np.int16).astype(np.uint16)
+    odd = dataclasses.replace(plain, frequencies_KS=frequencies_KS)
+    assert plan_of(plain).has_cuts
+    assert not plan_of(odd).has_cuts
+    for profile in (plain, odd):
+        meta = make_profile_meta(profile, num_tokens=37)
+        payload = encode(profile, make_profile_kv(profile, meta), meta)
+        decoded = TransformCodec(profile).decode(memoryview(payload), meta=meta)
+        expected = decode_reference(payload, meta=meta, profile=profile, num_levels=profile.num_levels)
+        assert torch.equal(decoded, expected)
 
 
 @pytest.mark.parametrize("name", PROFILES)

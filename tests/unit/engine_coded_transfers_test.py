@@ -252,6 +252,28 @@ def test_a_layer_is_decoded_before_the_next_has_arrived(world: Any) -> None:
     assert torch.equal(loader.blocks.rows[:, :, :10], KV[:, :, :10])
 
 
+def test_nothing_is_asked_of_a_head_whose_first_bytes_are_not_there(world: Any) -> None:
+    client = trickle(world)
+    loader = world(client)
+    client.arrive(SPANS[0].key, 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TwoLevels, "head_bytes", None)
+        assert loader.load(deadline_s=0.3, spans=SPANS[:1]).bad_blocks
+    assert loader.count("load_failures.deadline") == 1
+
+
+def test_a_chunk_can_be_read_only_when_its_profile_can(world: Any) -> None:
+    asked: list[Any] = []
+
+    class Watching(MemoryStoreClient):
+        def reserve(self, key: Any, *args: Any, **options: Any) -> Any:
+            asked.append(key)
+            return super().reserve(key, *args, **options)
+
+    world(Watching(world.store), settings=CODED).save()
+    assert asked[0] == profile_key(PROFILE.id)
+
+
 def test_at_the_deadline_what_has_arrived_is_used(world: Any) -> None:
     client = trickle(world)
     loader = world(client)

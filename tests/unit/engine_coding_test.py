@@ -7,14 +7,16 @@ Does not cover: chunks that are coded (`tests/unit/engine_coded_transfers_test.p
 from pathlib import Path
 from typing import Any, get_args
 
+import msgspec
 import pytest
 from support.layered_codec import TwoLevels, tiny_profile
 
 from cluster.errors import SettingsError
 from kvstore.codecs import codec_names
 from kvstore.codecs.controller import Rate
+from kvstore.codecs.profile import Profile
 from kvstore.engine.coding import LAYERED, Coding
-from kvstore.engine.profiles import ProfileShelf
+from kvstore.engine.profiles import MAX_KEPT, ProfileShelf
 from kvstore.engine.settings import ConnectorSettings
 from kvstore.engine.speeds import SpeedMeter
 from kvstore.interfaces import ChunkMeta
@@ -55,6 +57,22 @@ def test_settings_that_cannot_be_carried_out_say_what_to_do(shipped: Path, tmp_p
         path.unlink()
     with pytest.raises(SettingsError, match="no profile ships"):
         make()
+
+
+def test_formats_of_strangers_are_not_kept_for_ever(shipped: Path) -> None:
+    made: list[str] = []
+
+    def make(profile: Profile) -> TwoLevels:
+        made.append(profile.id)
+        return TwoLevels(profile)
+
+    shelf = ProfileShelf(store=MemoryStoreClient)
+    coding = Coding(ConnectorSettings(), shelf=shelf, meter=SpeedMeter(), model=META, layered={"transform": make})
+    others = [tiny_profile(layers=LAYERS, heads=HEADS, dim=DIM, name=f"model {n}") for n in range(MAX_KEPT + 2)]
+    for profile in [*others, others[-1], others[0]]:
+        shelf.add(profile)
+        coding.format_of(msgspec.structs.replace(META, codec="transform", profile=profile.id), deadline_s=0.0)
+    assert made == [profile.id for profile in [*others, others[0]]], "the last is kept, the first was given up"
 
 
 def test_every_codec_that_can_be_set_exists() -> None:

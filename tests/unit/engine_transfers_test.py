@@ -210,6 +210,21 @@ def test_a_busy_step_is_bounded_and_an_idle_one_is_eight_times_that(rig: Rig) ->
     assert rig.count("loaded_tokens") == 9
 
 
+def test_nothing_behind_a_gap_is_asked_for(rig: Rig) -> None:
+    asked: list[Any] = []
+
+    class Watching(MemoryStoreClient):
+        def stream(self, key: Any, *, deadline_s: float) -> Any:
+            asked.append(key)
+            return super().stream(key, deadline_s=deadline_s)
+
+    put(rig.client, SPANS[0])
+    put(rig.client, SPANS[2])
+    rig.client = Watching(rig.store)
+    rig.run(rig.loader(), op(deadline_s=0.2))
+    assert asked == [SPANS[0].key, SPANS[1].key]
+
+
 @pytest.mark.parametrize(("missing", "valid_blocks"), [(0, 0), (1, 1), (2, 2)])
 def test_the_first_missing_chunk_ends_the_load(rig: Rig, missing: int, valid_blocks: int) -> None:
     for index, span in enumerate(SPANS):

@@ -210,6 +210,16 @@ def test_expected_attention_grows_with_the_queries_spread() -> None:
     assert got[0] - got[1] == pytest.approx(2.0)
 
 
+def test_a_diagonal_factor_needs_no_product_and_gives_the_same_bits() -> None:
+    random = np.random.default_rng(0)
+    k_TNH, mean_NH = random.normal(size=(50, 2, 16)).astype(np.float32), random.normal(size=(2, 16)).astype(np.float32)
+    diagonal_NH = random.normal(size=(2, 16)).astype(np.float32)
+    factor_NHJ = np.stack([np.diag(row) for row in diagonal_NH])
+    whole = log_attention(k_TNH, mean_NH=mean_NH, factor_NHJ=factor_NHJ, groups=2)
+    short = log_attention(k_TNH, mean_NH=mean_NH, factor_NHJ=factor_NHJ, groups=2, diagonal_NH=diagonal_NH)
+    np.testing.assert_array_equal(short, whole)
+
+
 def test_importance_is_linear_between_knots_and_larger_at_the_end() -> None:
     at_P, importance_P = np.array([0, 2], np.float32), np.array([1, 5], np.float32)
     got = importance_of(

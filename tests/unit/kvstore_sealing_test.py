@@ -18,6 +18,7 @@ from kvstore.container import (
     checksum,
     encode_header,
     encode_record,
+    packed_meta,
     parse_header,
     parse_record,
     stored_bytes,
@@ -78,7 +79,7 @@ def derive(master: bytes, info: bytes, num_bytes: int) -> bytes:
 def identity(sealed: bytes | bytearray) -> bytes:
     header = parse_header(sealed, expected_sealed=True)
     numbers = struct.pack("<32sQ", header.key, header.payload_bytes)
-    return b"learnonce sealed record 1" + numbers + msgspec.msgpack.encode(header.meta)
+    return b"learnonce sealed record 1" + numbers + packed_meta(header.meta)
 
 
 @pytest.mark.parametrize("size", [1, 4095, 4096, 4097, 524_288 - 4096, 524_288, 1_100_003])

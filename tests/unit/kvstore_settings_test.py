@@ -73,6 +73,7 @@ def test_different_ports_and_folders_are_fine() -> None:
         (f"s3://key:{SECRET}@bucket/prefix", "use the environment"),
         (f"arrow+s3://key:{SECRET}@bucket/prefix", "use the environment"),
         (f"az://container/prefix?sig={SECRET}", "use the environment"),
+        (f"1key:{SECRET}@bucket/prefix", "without a scheme"),
     ],
 )
 def test_urls_that_no_client_understands(url: str, message: str) -> None:
