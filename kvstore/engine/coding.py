@@ -305,6 +305,8 @@ def own_profile(settings: ConnectorSettings, model: ChunkMeta) -> Profile | None
                 f"{model.num_layers} layers with {model.num_kv_heads} KV heads x {model.head_dim}: make one with "
                 "`learnonce calibrate` and name it in engine.connector.profile"
             )
+        # By shape alone: the engine does not tell whose weights it runs.
+        logger.info("event=profile_chosen profile=%s made_for=%r", profile.id[:12], profile.model)
     if profile is not None and settings.level != "auto" and settings.level >= profile.num_levels:
         raise SettingsError(
             f"engine.connector.level is {settings.level}, profile {profile.id[:12]} has levels 0 to "
