@@ -31,7 +31,6 @@ from kvstore.container import (
     stored_bytes,
     verify_payload,
 )
-from kvstore.copying import copy_hashed
 from kvstore.handshake import StoreRefusedError, StoreUnreachableError
 from kvstore.interfaces import BufferUnusableError, CatalogEntry, ChunkMeta, ReadLease, StreamLease, WriteLease
 from kvstore.keys import ChunkKey
@@ -446,6 +445,9 @@ def _copy_out(
         return "corrupt", None
     if header.payload_bytes != len(out):
         return "miss", None
+    # Not at the top: vLLM 0.32 on CPUs fails to start in a process that has imported llvmlite before.
+    from kvstore.copying import copy_hashed
+
     start = grant.offset + ALIGN
     with connection.read_only(start, start + header.payload_bytes) as payload:
         checksum = copy_hashed(payload, out, stop_s=stop_s)

@@ -327,7 +327,8 @@ def test_smaller_file_tier_after_a_restart(store: StoreProcess, client: NodeStor
     smaller = store.settings.nvme.model_copy(update={"capacity_bytes": 120_000})
     store.settings = store.settings.model_copy(update={"nvme": smaller})
     store.restart()
-    assert stats_of(client).tiers["nvme"].chunks == 2
+    # The scan goes on behind the first answers.
+    wait_until(lambda: stats_of(client).tiers["nvme"].chunks == 2, what="the scan to keep what there is room for")
     held = client.lookup([sample_key(i) for i in range(4)], deadline_s=SOON_S)
     assert held.count(True) == 2
 
