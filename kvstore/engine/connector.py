@@ -134,6 +134,16 @@ class LearnonceConnector(KVConnectorBase_V1):
         if self.refusal is not None:
             logger.warning("event=kv_reuse_off reason=%r", self.refusal)
 
+    def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
+        """A step begins, with its operations."""
+        super().bind_connector_metadata(connector_metadata)
+        self._begin_step()
+
+    @_guarded(lambda: None)
+    def _begin_step(self) -> None:
+        if self.worker is not None:
+            self.worker.begin_step(self._ops())
+
     @_guarded(lambda: None)
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Start loads and scatter what has arrived."""

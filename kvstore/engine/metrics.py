@@ -68,6 +68,11 @@ COUNTERS: Final[Mapping[str, Metric]] = {
         "Loads given up because computing was estimated to be faster",
         "A link is slow, or dead: see load_failures_total (slow)",
     ),
+    "prefill_tokens": Metric(
+        f"{_PREFIX}prefill_tokens_total",
+        "Tokens of the steps from which prefill speed is learned: those that compute many",
+        "Divided by the sum of prefill_seconds it is the speed that loads are compared with",
+    ),
     "params_rejected": Metric(
         f"{_PREFIX}params_rejected_total",
         "Requests whose transfer parameters were invalid or not usable",
@@ -126,6 +131,11 @@ SECONDS: Final[Mapping[str, Metric]] = {
     "load_s": Metric(f"{_PREFIX}load_seconds", "One load from allocation to the last token", "See its two parts"),
     "encode_s": Metric(
         f"{_PREFIX}save_encode_seconds", "Encoding one chunk", "Raise save_threads if saves are dropped (staging_full)"
+    ),
+    "prefill_s": Metric(
+        f"{_PREFIX}prefill_seconds",
+        "One step from which prefill speed is learned",
+        "The engine's cores or its GPU are busy with something else",
     ),
     "save_s": Metric(f"{_PREFIX}save_seconds", "Reserving, encoding and committing one chunk", "The store is slow"),
 }

@@ -12,7 +12,7 @@ from typing import Final
 
 from kvstore.codecs.controller import PRIORS, Path, Rate, Speeds, with_link
 
-_MIN_PREFILL_TOKENS: Final = 64
+MIN_PREFILL_TOKENS: Final = 64
 """Steps of fewer tokens say nothing about prefill: they are as long for one token."""
 
 
@@ -46,7 +46,7 @@ class SpeedMeter:
 
     def note_prefill(self, num_tokens: int, *, seconds: float) -> None:
         """An engine step that computed so many tokens."""
-        if num_tokens < _MIN_PREFILL_TOKENS or seconds <= 0:
+        if num_tokens < MIN_PREFILL_TOKENS or seconds <= 0:
             return
         with self._lock:
             # The first step says more than any prior could: models differ by a factor of a thousand.

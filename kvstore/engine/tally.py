@@ -20,7 +20,7 @@ SaveOutcome = Literal["stored", "held", "staging_full", "refused", "error"]
 stored: committed. held: it was loaded for this very request. staging_full: more waits than may be staged.
 refused: the store holds it, somebody writes it, or there is no room. error: the store or the codec failed.
 """
-Series = Literal["read_s", "decode_s", "scatter_s", "load_s", "save_s", "encode_s"]
+Series = Literal["read_s", "decode_s", "scatter_s", "load_s", "save_s", "encode_s", "prefill_s"]
 MAX_OBSERVATIONS: Final = 256
 """Per series and drain; more are counted in the sums only."""
 

@@ -21,7 +21,7 @@ from kvstore.engine.paging import PagedKv, UnsupportedLayoutError
 from kvstore.engine.profiles import ProfileShelf
 from kvstore.engine.saver import Saver
 from kvstore.engine.settings import ConnectorSettings
-from kvstore.engine.speeds import SpeedMeter
+from kvstore.engine.speeds import MIN_PREFILL_TOKENS, SpeedMeter
 from kvstore.engine.tally import Tally
 from kvstore.interfaces import StoreClient
 from kvstore.wire import cluster_secret
@@ -137,6 +137,10 @@ class WorkerSide:
         )
         return None
 
+    def begin_step(self, ops: StepOps) -> None:
+        """The engine begins a step. Before its forward, which `load` may come after."""
+        self._step = (time.monotonic(), ops.num_tokens)
+
     def load(self, ops: StepOps) -> None:
         """Start this step's loads and scatter a bounded piece of those that have arrived."""
         prefill = self._meter.speeds.prefill
@@ -145,13 +149,10 @@ class WorkerSide:
             self._start(op, queue_s=queue_s)
         if self._loader is not None:
             self._note(self._loader.advance(busy=ops.busy))
-        self._step = (time.monotonic(), ops.num_tokens)
 
     def save(self, ops: StepOps) -> None:
         """Take this step's complete chunks out of the engine."""
-        if self._step is not None and self.blocks is not None and self.blocks.is_synchronous:
-            began_s, num_tokens = self._step
-            self._meter.note_prefill(num_tokens, seconds=time.monotonic() - began_s)
+        self._note_prefill()
         if self._saver is None or self._loader is None:
             return
         for op in ops.saves:
@@ -159,6 +160,17 @@ class WorkerSide:
                 self._tally.save_ended("held")
             else:
                 self._saver.save(op)
+
+    def _note_prefill(self) -> None:
+        step, self._step = self._step, None
+        if step is None or self.blocks is None or not self.blocks.is_synchronous:
+            return
+        began_s, num_tokens = step
+        seconds = time.monotonic() - began_s
+        if num_tokens >= MIN_PREFILL_TOKENS:
+            self._meter.note_prefill(num_tokens, seconds=seconds)
+            self._tally.add("prefill_tokens", num_tokens)
+            self._tally.observe("prefill_s", seconds)
 
     def end_requests(self, request_ids: set[str]) -> None:
         """Requests that are done or aborted: their loads are over."""

@@ -111,6 +111,8 @@ def _documented_modules() -> list[str]:
 def test_examples_in_docstrings_run(name: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of foreign packages while they are imported
+        if "triton" in name:
+            pytest.importorskip("triton", reason="Triton is not in the CPU lock")
         module = importlib.import_module(name)
     result = doctest.testmod(module, optionflags=doctest.ELLIPSIS)
     assert result.attempted > 0

@@ -37,11 +37,6 @@ def cluster(tmp_path):
     assert live.processes() == []
 
 
-@pytest.mark.xfail(
-    reason="Open: since chunks are read as streams, the first load after a cold start is computed instead of loaded "
-    "(0 of 1,641 tokens reused, three runs); before that change 1,623 were.",
-    strict=False,
-)
 def test_chunks_survive_the_death_of_the_whole_cluster(cluster, tmp_path):
     first, second = list(load_documents().values())[:2]
     cluster.up()

@@ -7,6 +7,7 @@ chunk needs.
 import os
 import random
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -157,6 +158,16 @@ def grown(engine: EngineProcess, before: dict[str, float], name: str) -> float:
 
 def test_gather_returns_what_scatter_wrote(world: World) -> None:
     assert [world.saver.round_trip(1), world.loader.round_trip(2)] == ["", ""]
+
+
+def test_prefill_speed_is_learned_from_whole_steps(world: World) -> None:
+    """Loads are given up for a faster prefill: a step timed without its forward would give all of them up."""
+    case, before = world.case(), world.saver.metrics()
+    began_s = time.monotonic()
+    world.saver.ask(case.prompt, max_tokens=1)
+    elapsed_s = time.monotonic() - began_s
+    assert grown(world.saver, before, "prefill_tokens_total") == 256  # the second step has too few to count
+    assert 0.3 * elapsed_s < grown(world.saver, before, "prefill_seconds_sum") <= elapsed_s
 
 
 def test_loaded_by_another_process_is_computed_token_for_token(world: World) -> None:

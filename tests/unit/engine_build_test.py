@@ -119,7 +119,7 @@ def test_every_tally_name_has_a_metric() -> None:
     """What the connector counts reaches Prometheus: names are closed sets, in one place."""
     counted = {"loaded_tokens", "loaded_bytes", "loads_complete", "loads_dropped", "load_failed_tokens"}
     counted |= {"saved_tokens", "saved_bytes", "saved_kv_bytes", "params_rejected"}
-    counted |= {"loaded_encoded_bytes", "damaged_parts", "recompute_chosen"}
+    counted |= {"loaded_encoded_bytes", "damaged_parts", "recompute_chosen", "prefill_tokens"}
     assert set(COUNTERS) == counted
     assert set(LABELLED) == {"load_failures", "saves", "saved_chunks", "loaded_levels", "hook_errors"}
     assert set(SECONDS) == set(get_args(Series))
