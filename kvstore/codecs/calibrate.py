@@ -34,6 +34,7 @@ from kvstore.codecs.calibrate_fit import (
 )
 from kvstore.codecs.calibrate_model import SKIPPED_TOKENS, CalibrationError, CalibrationModel, Geometry, Segment
 from kvstore.codecs.profile import NUM_CLASSES, Band, Profile
+from kvstore.model_digest import model_digest
 
 NUM_LEVELS: Final = 3
 TARGET_LEVEL: Final = 1
@@ -142,7 +143,8 @@ def calibrate(
         "kl of the middle level": f"{kl:.5f} on {len(trials)} other pieces of these texts",
         "settings": repr(settings),
     }
-    return _finish(fit, kv, step=step, name=name, notes=notes, on_progress=on_progress)
+    digest = model_digest(str(model_path))
+    return _finish(fit, kv, step=step, name=name, digest=digest, notes=notes, on_progress=on_progress)
 
 
 class _Steps:
@@ -280,7 +282,14 @@ def _step_for(
 
 
 def _finish(
-    fit: _Fit, kv: Sequence[torch.Tensor], *, step: float, name: str, notes: Mapping[str, str], on_progress: OnProgress
+    fit: _Fit,
+    kv: Sequence[torch.Tensor],
+    *,
+    step: float,
+    name: str,
+    digest: str,
+    notes: Mapping[str, str],
+    on_progress: OnProgress,
 ) -> Profile:
     """Count symbols, make tables, put the profile together."""
     shape, groups = fit.geometry, fit.groups
@@ -321,7 +330,7 @@ def _finish(
     by_group = [tuple(bands[at : at + groups]) for at in range(0, len(bands), groups)]
     return Profile(
         model=name,
-        model_sha256="",
+        model_digest=digest,
         num_layers=shape.num_layers,
         num_kv_heads=shape.num_kv_heads,
         head_dim=shape.head_dim,

@@ -91,8 +91,8 @@ class Profile:
     """
 
     model: str
-    model_sha256: str
-    """SHA-256 of what identifies the model to the engine; "" where nobody said."""
+    model_digest: str
+    """The weights it was measured on, see `kvstore.model_digest`; "" where nobody said."""
     num_layers: int
     num_kv_heads: int
     head_dim: int
@@ -159,7 +159,7 @@ class _ArrayHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class _Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     model: str
-    model_sha256: str
+    model_digest: str
     num_layers: int
     num_kv_heads: int
     head_dim: int
@@ -172,7 +172,7 @@ class _Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     arrays: dict[str, _ArrayHeader]
 
 
-_PLAIN: Final = ("model", "model_sha256", "num_layers", "num_kv_heads", "head_dim", "groups", "num_levels", "num_exact")
+_PLAIN: Final = ("model", "model_digest", "num_layers", "num_kv_heads", "head_dim", "groups", "num_levels", "num_exact")
 _BAND_ARRAYS: Final = ("bias_C", "basis_RC", "scale_C", "table_ids_VRX", "token_scales")
 
 
@@ -275,7 +275,7 @@ def _check(profile: Profile) -> None:
     _need(profile.num_channels <= MAX_CHANNELS, f"{profile.num_channels} channels per band; use more groups")
     _need(1 <= profile.num_levels <= MAX_LEVELS, f"{profile.num_levels} levels")
     _need(0 <= profile.num_exact <= 64, f"{profile.num_exact} exact tokens")
-    texts = [profile.model, profile.model_sha256, *profile.notes, *profile.notes.values()]
+    texts = [profile.model, profile.model_digest, *profile.notes, *profile.notes.values()]
     _need(all(isinstance(text, str) and len(text) <= _MAX_TEXT_CHARS for text in texts), "texts that are too long")
     _is(profile.inv_freq, "inv_freq", np.float32, None)
     _need(2 * len(profile.inv_freq) <= profile.head_dim, f"{len(profile.inv_freq)} rotary frequencies")

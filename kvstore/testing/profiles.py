@@ -90,7 +90,7 @@ def make_profile(
     rotary = head_dim // 2
     return Profile(
         model="synthetic",
-        model_sha256="",
+        model_digest="",
         num_layers=num_layers,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,

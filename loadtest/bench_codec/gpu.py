@@ -94,7 +94,7 @@ def widened(profile: Profile, *, num_layers: int, num_kv_heads: int, head_dim: i
     half = head_dim // 2
     return Profile(
         model=f"{profile.model}, repeated",
-        model_sha256="",
+        model_digest="",
         num_layers=num_layers,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,

@@ -42,7 +42,7 @@ def tiny_profile(*, layers: int, heads: int, dim: int, levels: int = NUM_LEVELS,
 
     return Profile(
         model=name,
-        model_sha256="",
+        model_digest="",
         num_layers=layers,
         num_kv_heads=heads,
         head_dim=dim,

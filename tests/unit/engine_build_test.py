@@ -12,9 +12,9 @@ from cluster.settings_base import load_settings
 from cluster.telemetry import DEFINITIONS
 from kvstore.engine.build import MachineFacts, engine_environment, machine_facts, resolve
 from kvstore.engine.metrics import COUNTERS, LABELLED, SECONDS
-from kvstore.engine.scope import model_digest
 from kvstore.engine.settings import OWNED_ARGUMENTS, EngineSettings
 from kvstore.engine.tally import Series
+from kvstore.model_digest import model_digest
 
 FOUR = MachineFacts(cpu_vllm=True, native_bf16=True, allowed_cpus=(2, 3, 6, 7))
 
