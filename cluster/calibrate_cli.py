@@ -42,8 +42,7 @@ def calibrate(
     Minutes for the embedded model; memory for the KV of all pieces.
     """
     texts = [_read(path) for path in text]
-    if not out.parent.is_dir():
-        raise CalibrationTextError(f"{out.parent} is no folder: make it, or name another file with --out")
+    _check_writable(out)
     # It imports torch and transformers: seconds that no other command has to wait.
     from kvstore.codecs.calibrate import CalibrationSettings
     from kvstore.codecs.calibrate import calibrate as make
@@ -74,9 +73,27 @@ def _read(path: Path) -> str:
         raise CalibrationTextError(f"{path} cannot be read as UTF-8 text: {error}") from error
 
 
+def _check_writable(path: Path) -> None:
+    """Before minutes of work."""
+    if not path.parent.is_dir():
+        raise CalibrationTextError(f"{path.parent} is no folder: make it, or name another file with --out")
+    if path.is_dir():
+        raise CalibrationTextError(f"{path} is a folder: name a file in it with --out")
+    temporary = _temporary(path)
+    try:
+        temporary.touch()
+        temporary.unlink()
+    except OSError as error:
+        raise CalibrationTextError(f"{path} cannot be written, name another file with --out: {error}") from error
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}")
+
+
 def _write(path: Path, data: bytes) -> None:
     """Whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = _temporary(path)
     try:
         temporary.write_bytes(data)
         temporary.replace(path)

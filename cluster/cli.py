@@ -63,6 +63,11 @@ DocumentOption = Annotated[
     list[Path] | None, typer.Option("--document", "-d", help="A text file to answer from; repeatable, order kept")
 ]
 
+QualityOption = Annotated[
+    str | None,
+    typer.Option("--quality", help="exact, high, fast, or the share of moved tokens that is computed again (0 to 1)"),
+]
+
 
 @app.command()
 def up(config_file: ConfigOption = None, overrides: SetOption = None) -> None:
@@ -108,6 +113,7 @@ def ask(
     question: Annotated[str, typer.Argument(help="What to ask")],
     document: DocumentOption = None,
     max_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens")] = 128,
+    quality: QualityOption = None,
     url: UrlOption = None,
     config_file: ConfigOption = None,
     overrides: SetOption = None,
@@ -119,6 +125,7 @@ def ask(
         question,
         documents=read_documents(document or []),
         max_tokens=max_tokens,
+        quality=_number_or_name(quality),
         on_text=lambda text: out.print(escape(text), end=""),
     )
     out.print()
@@ -132,6 +139,7 @@ def ask(
 def explain(
     question: Annotated[str, typer.Argument(help="The question of the request")],
     document: DocumentOption = None,
+    quality: QualityOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON")] = False,
     url: UrlOption = None,
     config_file: ConfigOption = None,
@@ -139,7 +147,8 @@ def explain(
 ) -> None:
     """Print the plan for a request and its reasons, without running it."""
     settings = read_settings(config_file, overrides or ())
-    plan = client.explain(_api(settings, url), question, documents=read_documents(document or []))
+    documents = read_documents(document or [])
+    plan = client.explain(_api(settings, url), question, documents=documents, quality=_number_or_name(quality))
     if as_json:
         out.print_json(json.dumps(plan))
         return
@@ -305,6 +314,10 @@ def plan_lines(plan: dict[str, Any]) -> list[str]:
         f"[bold]mode {plan['mode']}[/bold]: {plan['prompt_tokens']} prompt tokens, {plan['held_tokens']} held, "
         f"{plan['uncached_tokens']} to compute"
     ]
+    if plan["join"]:
+        lines.append(
+            f"  joined by {plan['join']['method']}, {plan['join']['share']:.0%} of moved tokens computed again"
+        )
     if plan["opaque"]:
         lines.append(f"  nothing can be reused: {escape(plan['opaque'])}")
     segments = plan["segments"]
@@ -320,7 +333,7 @@ def plan_lines(plan: dict[str, Any]) -> list[str]:
 
 
 def _segment_line(kind: str, tokens: int, state: str, title: str = "") -> str:
-    return f"  {kind:<8}{tokens:>7} tokens  {state:<8}{escape(title)}".rstrip()
+    return f"  {kind:<8}{tokens:>7} tokens  {state:<12}{escape(title)}".rstrip()
 
 
 def _held_of(plan: dict[str, Any], segment: str) -> str:
@@ -374,6 +387,13 @@ def read_documents(paths: list[Path]) -> list[dict[str, str]]:
             raise CallerError(f"{path} is empty")
         documents.append({"title": path.stem, "text": text})
     return documents
+
+
+def _number_or_name(quality: str | None) -> str | float | None:
+    try:
+        return quality and float(quality)
+    except ValueError:
+        return quality
 
 
 def api_url(settings: Settings) -> str:

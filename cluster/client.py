@@ -41,6 +41,7 @@ def ask(
     documents: Sequence[Document] = (),
     max_tokens: int = 128,
     cache_salt: str | None = None,
+    quality: str | float | None = None,
     on_text: Callable[[str], None] = lambda _text: None,
 ) -> Answer:
     """Ask one question with streaming.
@@ -51,6 +52,7 @@ def ask(
         documents: Passages to answer from.
         max_tokens: Longest answer.
         cache_salt: Requests with different salts share no KV: a new one makes a cold request.
+        quality: How near to full prefill the answer shall be (docs/api.md); None takes the cluster's default.
         on_text: Called with each piece of the answer as it arrives.
 
     Raises:
@@ -65,6 +67,8 @@ def ask(
         extra["documents"] = list(documents)
     if cache_salt is not None:
         extra["cache_salt"] = cache_salt
+    if quality is not None:
+        extra["quality"] = quality
     body: dict[str, Any] = {
         "model": _first_model(url),
         "messages": [{"role": "user", "content": question}],
@@ -110,11 +114,15 @@ def _collect(stream: Iterable[Any], *, began_s: float, on_text: Callable[[str], 
     )
 
 
-def explain(url: str, question: str, *, documents: Sequence[Document] = ()) -> dict[str, Any]:
+def explain(
+    url: str, question: str, *, documents: Sequence[Document] = (), quality: str | float | None = None
+) -> dict[str, Any]:
     """The plan for a request, without running it."""
     body: dict[str, Any] = {"model": _first_model(url), "messages": [{"role": "user", "content": question}]}
     if documents:
         body["documents"] = list(documents)
+    if quality is not None:
+        body["quality"] = quality
     return post_json(f"{url}/v1/plan", body)
 
 

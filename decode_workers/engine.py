@@ -40,7 +40,7 @@ from decode_workers.plan import Execution, FallbackReason
 from decode_workers.settings import DecodeSettings
 from kvstore.engine.exposition import metrics_endpoint
 from kvstore.engine.llm import LlmEngine, warm_up
-from kvstore.engine.params import build_transfer_params
+from kvstore.engine.params import JoinParams, build_transfer_params
 from kvstore.engine.settings import EngineSettings
 from kvstore.interfaces import StoreClient
 from kvstore.wire import Role
@@ -78,10 +78,17 @@ def _attach(params: SamplingParams, execution: Execution | None, ids: list[int] 
                 save=execution.save,
                 load_deadline_s=execution.load_deadline_s,
                 cache_salt=execution.cache_salt,
+                join=_join_params(execution),
             )
         else:
             FALLBACKS.labels(reason=FallbackReason.OTHER_PROMPT).inc()
     params.extra_args = extra or None
+
+
+def _join_params(execution: Execution) -> JoinParams | None:
+    if (join := execution.join) is None:
+        return None
+    return JoinParams(method=join.method, share=join.share, tail_start=execution.tail_start)
 
 
 class PlannedChat:
@@ -120,8 +127,8 @@ def _strip(request: ChatCompletionRequest | CompletionRequest) -> Execution | No
         allowed = {name: value for name, value in request.vllm_xargs.items() if not name.endswith("_transfer_params")}
         request.vllm_xargs = allowed or None
     execution = CURRENT.get()
-    if execution is not None and execution.cache_salt:
-        request.cache_salt = execution.cache_salt
+    if execution is not None and execution.engine_salt:
+        request.cache_salt = execution.engine_salt
     return execution
 
 

@@ -119,6 +119,8 @@ class PlanMiddleware:
         request.response_headers["x-learnonce-load-tokens"] = str(execution.load_tokens)
         if execution.fallback is not None:
             request.response_headers["x-learnonce-fallback"] = execution.fallback
+        if execution.join is not None:
+            request.response_headers["x-learnonce-join"] = str(execution.join)
         token = CURRENT.set(execution)
         try:
             await request.run(self._app)

@@ -116,6 +116,7 @@ def _work(body: _Body) -> NoopRequest:
             save=execution.save,
             load_deadline_s=execution.load_deadline_s,
             tenant=tenant_of(execution.cache_salt),
+            join=execution.join,
             max_tokens=max_tokens,
         )
     if isinstance(body.prompt, list):

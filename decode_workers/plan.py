@@ -1,15 +1,16 @@
 """Turn a router's plan, and what became of its prefill, into what the decode engine shall do.
 
-Covers: which spans to load, which to save, how long to wait, what may be called reused. Pure: no clock, no network.
+Covers: which spans to load, join and save, how long to wait, what may be called reused. Pure: no clock, no network.
 Does not cover: calling prefill replicas (`decode_workers.prefill`), obeying on the engine (`decode_workers.engine`).
 """
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import takewhile
 
-from kvstore.wire import Mode, Plan, PrefillAnswer, Span
+from kvstore.wire import JoinPlan, Mode, Plan, PrefillAnswer, Span, SpanKind
 
 
 class FallbackReason(StrEnum):
@@ -61,20 +62,47 @@ class Execution:
     prompt_token_ids: tuple[int, ...] = ()
     """The prompt; empty if vLLM renders it."""
     cache_salt: str = ""
+    """The client's: of keys and of the tenant."""
     load: tuple[Span, ...] = ()
-    """From token 0 on, without a gap."""
+    """From token 0 on, without a gap; with a join, gaps are holes that it computes."""
+    join: JoinPlan | None = None
+    tail_start: int = 0
+    """With a join: the first token behind the passages."""
     save: tuple[Span, ...] = ()
     load_deadline_s: float = 0.0
     promised_tokens: int = 0
-    """From token 0 on, what the router believed held: compared with what turns out to be reused."""
+    """What the router believed held and need not be computed again: compared with what turns out to be reused."""
     max_reused_tokens: int | None = None
-    """Bound on what is reported as reused: what a prefill replica computed for this very request is not."""
+    """Bound on what is reported as reused: what prefill replicas computed for this very request is not."""
     fallback: FallbackReason | None = None
 
     @property
     def load_tokens(self) -> int:
-        """Prompt tokens that the engine shall not compute."""
-        return self.load[-1].stop if self.load else 0
+        """Prompt tokens that the engine loads; a join computes a part of them again."""
+        return sum(span.num_tokens for span in self.load)
+
+    @property
+    def engine_salt(self) -> str:
+        """The salt of vLLM's prefix cache."""
+        return engine_salt(self.cache_salt, self.join)
+
+
+def engine_salt(cache_salt: str, join: JoinPlan | None) -> str:
+    """The salt under which vLLM may keep a request's blocks.
+
+    What a join leaves in them is not what an exact request with the same tokens would compute: neither may find the
+    other's, nor may joins of another method or share.
+
+    Example:
+        >>> engine_salt("mine", None)
+        'mine'
+        >>> engine_salt("mine", JoinPlan("first_k", 0.15)) == engine_salt("", JoinPlan("first_k", 0.15))
+        False
+    """
+    if join is None:
+        return cache_salt
+    digest = hashlib.blake2b(f"{join.method} {join.share!r} {cache_salt}".encode(), digest_size=16)
+    return f"learnonce join 1 {digest.hexdigest()}"
 
 
 def prefill_budget_s(plan: Plan, *, now_unix_s: float) -> float:
@@ -87,8 +115,8 @@ def prefill_budget_s(plan: Plan, *, now_unix_s: float) -> float:
 def plan_execution(plan: Plan, outcome: PrefillOutcome | None) -> Execution:
     """Decide what the engine loads, computes and saves.
 
-    Loads always start at token 0 and end at the first span that is not held: KV behind a gap could only be used by a
-    join. A span that is loaded is not saved again.
+    Without a join, loads start at token 0 and end at the first span that is not held, and a span that is loaded is not
+    saved again. With one, all that is held is loaded, and nothing saved.
 
     Args:
         plan: The router's plan, already checked.
@@ -96,6 +124,8 @@ def plan_execution(plan: Plan, outcome: PrefillOutcome | None) -> Execution:
     """
     if not plan.prompt:
         return Execution(served_as=ServedAs.RENDERED, cache_salt=plan.cache_salt)
+    if plan.join is not None:
+        return _joined(plan, plan.join)
     answer, reason = (outcome.answer, outcome.reason) if outcome else (None, None)
     load = _held(plan.spans, answer.held if answer else [span.held for span in plan.spans])
     if answer is not None and not load:
@@ -112,6 +142,23 @@ def plan_execution(plan: Plan, outcome: PrefillOutcome | None) -> Execution:
         promised_tokens=plan.held_tokens,
         max_reused_tokens=answer.reused_tokens if answer else None,
         fallback=reason,
+    )
+
+
+def _joined(plan: Plan, join: JoinPlan) -> Execution:
+    load = tuple(span for span in plan.spans if span.held)
+    moved_tokens = sum(span.num_tokens for span in load if span.base is not None)
+    promised_tokens = sum(span.num_tokens for span in load) - round(join.share * moved_tokens)
+    return Execution(
+        served_as=ServedAs.LOCAL,
+        prompt_token_ids=tuple(plan.prompt_token_ids),
+        cache_salt=plan.cache_salt,
+        load=load,
+        join=join,
+        tail_start=max(span.stop for span in plan.spans if span.kind is not SpanKind.TAIL),
+        load_deadline_s=plan.load_deadline_s,
+        promised_tokens=promised_tokens,
+        max_reused_tokens=max(0, promised_tokens - plan.learned_tokens) if plan.learned_tokens else None,
     )
 
 

@@ -74,7 +74,11 @@ _MAX_PAUSE_S: Final = 1.0
 _HANDSHAKE_S: Final = 1.0
 _REPLY_MARGIN_RATIO: Final = 0.1
 _MAX_REPLY_MARGIN_S: Final = 0.2
-"""Share of a deadline that is left for the way back: the store answers before, with what it has."""
+"""Share of a deadline that is left for the way back: the store answers before, with what it has.
+
+An answer that comes after the deadline is lost as a whole, also the chunks that were there. On a busy machine the
+store's loop and the caller's thread each wait for their turn on a core first, for tens of milliseconds.
+"""
 
 _VERIFIED_KEYS: Final = 64
 """Keys per request to verify: their records are read before the answer comes."""

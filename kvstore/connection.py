@@ -19,7 +19,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Final
 
 from kvstore.handshake import StoreUnreachableError, shake_hands
@@ -104,29 +104,11 @@ class StoreConnection:
         stop_s: Monotonic time by which the handshake must be over.
 
     Raises:
-        StoreUnreachableError: Nobody answers in time.
+        StoreUnreachableError: Nobody answers in time, or this process has no descriptors or memory left for it.
         StoreRefusedError: Another secret or version.
     """
 
     def __init__(self, path: str, *, secret: bytes, client_name: str, stop_s: float) -> None:
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            welcome, arena_fd = shake_hands(self._socket, path, secret, client_name, stop_s)
-        except BaseException:
-            self._socket.close()
-            raise
-        try:
-            self._readable = mmap.mmap(arena_fd, welcome.arena_bytes, prot=mmap.PROT_READ)
-            self._writable = mmap.mmap(arena_fd, welcome.arena_bytes, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-            self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        except (OSError, ValueError) as error:
-            self._socket.close()
-            raise StoreUnreachableError(f"the store's arena cannot be mapped: {error}") from error
-        finally:
-            os.close(arena_fd)
-        self._socket.setblocking(False)
-        self.epoch = welcome.epoch
-        self.max_keys = welcome.max_keys
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
         self._calls: dict[int, _Call] = {}
@@ -146,13 +128,37 @@ class StoreConnection:
         self._is_dead = False
         self._is_receiving = True
         self._is_closed = False
-        self._events = select.epoll()
-        self._leader_events = select.epoll()
-        for events in (self._events, self._leader_events):
-            events.register(self._wake_fd, select.EPOLLIN)
-            events.register(self._socket, select.EPOLLIN)
-        self._thread = threading.Thread(target=self._serve, name="kvstore-client", daemon=True)
-        self._thread.start()
+        try:
+            self._open(path, secret, client_name, stop_s)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise StoreUnreachableError(
+                f"no descriptors, memory or thread for a connection to the store at {path}: {error}"
+            ) from error
+
+    def _open(self, path: str, secret: bytes, client_name: str, stop_s: float) -> None:
+        """Connect, map the arena, start the thread; whatever was opened is closed again if one of it fails."""
+        with ExitStack() as opened:
+            self._socket = opened.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+            welcome, arena_fd = shake_hands(self._socket, path, secret, client_name, stop_s)
+            try:
+                size = welcome.arena_bytes
+                self._readable = opened.enter_context(mmap.mmap(arena_fd, size, prot=mmap.PROT_READ))
+                self._writable = opened.enter_context(mmap.mmap(arena_fd, size, prot=mmap.PROT_READ | mmap.PROT_WRITE))
+            finally:
+                os.close(arena_fd)
+            self._socket.setblocking(False)
+            self.epoch = welcome.epoch
+            self.max_keys = welcome.max_keys
+            self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+            opened.callback(os.close, self._wake_fd)
+            self._events = opened.enter_context(select.epoll())
+            self._leader_events = opened.enter_context(select.epoll())
+            for events in (self._events, self._leader_events):
+                events.register(self._wake_fd, select.EPOLLIN)
+                events.register(self._socket, select.EPOLLIN)
+            self._thread = threading.Thread(target=self._serve, name="kvstore-client", daemon=True)
+            self._thread.start()
+            opened.pop_all()
 
     @property
     def is_dead(self) -> bool:

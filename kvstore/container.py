@@ -33,6 +33,7 @@ import xxhash
 from cluster.errors import CallerError, DataError
 from kvstore.interfaces import ChunkMeta, TierEntry
 from kvstore.keys import KEY_BYTES, ChunkKey
+from kvstore.untrusted import UNDECODABLE
 
 ALIGN: Final = 4096
 """Header size and granule of the stored length: what direct I/O asks for."""
@@ -306,7 +307,7 @@ def packed_meta(meta: ChunkMeta) -> bytes:
 def _parse_meta(packed: bytes) -> ChunkMeta:
     try:
         meta = msgspec.msgpack.decode(packed, type=ChunkMeta)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except UNDECODABLE as error:
         raise ChunkCorruptError(f"metadata is not a ChunkMeta: {error}") from error
     if not _is_plausible(meta):
         raise ChunkCorruptError(f"metadata out of bounds: {meta}")

@@ -170,8 +170,8 @@ def _emit_blocks(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
     def at(base: Any, offset: Any) -> Any:
         return builder.inttoptr(builder.add(base, offset), vector.as_pointer())
 
-    def load(base: Any, offset: int = 0) -> Any:
-        return builder.load(at(base, word(offset)), align=_WORD_BYTES)
+    def load(base: Any, offset: int = 0, align: int = _WORD_BYTES) -> Any:
+        return builder.load(at(base, word(offset)), align=align)
 
     before = builder.block
     loop, done = builder.append_basic_block("block"), builder.append_basic_block("done")
@@ -186,8 +186,9 @@ def _emit_blocks(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
     summed = state
     for stripe in range(_STRIPES):
         offset = stripe * _STRIPE_BYTES
-        words = load(source, offset)
-        builder.store(words, at(target, word(offset)), align=_WORD_BYTES)
+        # Callers' buffers begin anywhere; LLVM may rely on what it is told of alignment.
+        words = load(source, offset, align=1)
+        builder.store(words, at(target, word(offset)), align=1)
         _emit_prefetch(builder, builder.add(source, word(offset + _READ_AHEAD_BYTES)), for_writing=False)
         _emit_prefetch(builder, builder.add(target, word(offset + _WRITE_AHEAD_BYTES)), for_writing=True)
         summed = _emit_stripe(builder, summed, words, load(keys, offset))

@@ -27,6 +27,7 @@ from cluster.clock import Clock, SystemClock
 from cluster.errors import DataError
 from kvstore import metrics
 from kvstore.events_socket import PortTakenError, SocketFactory
+from kvstore.untrusted import UNDECODABLE
 from kvstore.wire import StoreEndpoint
 
 log = logging.getLogger(__name__)
@@ -172,7 +173,7 @@ def unseal(data: bytes, kind: type[M], *, secret: bytes, tag: bytes) -> M:
         raise EventRejectedError("message has a wrong signature")
     try:
         return msgspec.msgpack.decode(body, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except UNDECODABLE as error:
         raise EventRejectedError(f"message is damaged: {error}") from error
 
 

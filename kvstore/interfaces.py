@@ -49,6 +49,20 @@ class ChunkMeta(msgspec.Struct, frozen=True, kw_only=True):
         return (self.num_layers, 2, self.num_tokens, self.num_kv_heads, self.head_dim)
 
 
+class ReleasedAtExit:
+    """The `with` of what has a `release`."""
+
+    def release(self) -> None:
+        """See the subclass."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exit_reason: object) -> None:
+        self.release()
+
+
 class ReadLease(Protocol):
     """A chunk that stays readable until released. Use as a context manager."""
 

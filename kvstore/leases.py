@@ -5,8 +5,7 @@ Covers: leases over one connection. Does not cover: how they are asked for (`kvs
 
 import logging
 import time
-from types import TracebackType
-from typing import Any, Final, Protocol, Self
+from typing import Any, Final, Protocol
 
 import xxhash
 
@@ -24,7 +23,7 @@ from kvstore.container import (
     parse_header,
     stored_bytes,
 )
-from kvstore.interfaces import ChunkMeta
+from kvstore.interfaces import ChunkMeta, ReleasedAtExit
 from kvstore.keys import ChunkKey
 from kvstore.protocol import Abort, Grant, Release, ReportCorrupt
 
@@ -42,7 +41,7 @@ class Committer(Protocol):
         ...
 
 
-class NodeReadLease:
+class NodeReadLease(ReleasedAtExit):
     """A verified chunk in the arena, pinned until it is released."""
 
     def __init__(self, connection: StoreConnection, lease: int, header: Header, payload: memoryview) -> None:
@@ -73,14 +72,6 @@ class NodeReadLease:
             self._is_released = True
             release_view(self._payload)
             self._connection.end_lease(self._lease, Release([self._lease]))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.release()
 
     def __del__(self) -> None:
         if not self._is_released:
@@ -168,7 +159,7 @@ class NodeWriteLease:
         release_view(self._record)
 
 
-class NodeStreamLease:
+class NodeStreamLease(ReleasedAtExit):
     """A chunk in the arena that may still be arriving, pinned until it is released. See `StreamLease`.
 
     Bytes are hashed while there is nothing better to do, so `finish` is cheap. For one thread at a time.
@@ -244,14 +235,6 @@ class NodeStreamLease:
             self._connection.end_lease(
                 self._lease, ReportCorrupt(self._lease) if is_corrupt else Release([self._lease])
             )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.release()
 
     def __del__(self) -> None:
         if not self._is_released:

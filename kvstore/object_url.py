@@ -35,6 +35,9 @@ def split_object_url(url: str) -> SplitResult:
         raise SettingsError("no URL; for example s3://bucket/prefix, file:///folder") from None
     if parts.username or parts.password or parts.query:
         raise SettingsError("credentials and queries do not belong into a URL; use the environment")
+    if "#" in url:
+        # It would be cut off, and records would go to another prefix than the one that was written down.
+        raise SettingsError("a URL of a bucket ends with its prefix or folder; there is a # in this one")
     shown = f"{ARROW_PREFIX if is_arrow else ''}{parts.scheme}"
     schemes = _ARROW_SCHEMES if is_arrow else _OBSTORE_SCHEMES
     if parts.scheme not in schemes:

@@ -14,15 +14,15 @@ for one port is worth nothing on the other, and without a descriptor. Then the p
 Nothing else is understood on this port: it can neither write, drop, nor list chunks.
 """
 
-import hashlib
-import hmac
+from collections.abc import Callable
 from typing import Annotated, Final
 
 import msgspec
 
-from kvstore.protocol import KeyBytes, ProtocolError, Release, Seconds
+from kvstore.protocol import KeyBytes, ProtocolError, Release, Seconds, hello_mac
 from kvstore.transport import Offer
 from kvstore.transport.negotiation import Reach
+from kvstore.untrusted import decoder_of
 
 MAX_REQUEST_BYTES: Final = 16 << 10
 """Above every honest request: a release of a thousand leases."""
@@ -81,42 +81,21 @@ class Alive(_Message, frozen=True):
 
 PeerReply = Described | Lent | Alive
 
-_UNDECODABLE: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
-_REQUEST_DECODER: Final = msgspec.msgpack.Decoder(PeerRequest)
-_REPLY_DECODER: Final = msgspec.msgpack.Decoder(PeerReply)
-
-
-def decode_peer_request(body: bytes) -> PeerRequest:
-    """A puller's message.
-
-    Raises:
-        ProtocolError: Something else.
-    """
-    try:
-        message: PeerRequest = _REQUEST_DECODER.decode(body)
-    except _UNDECODABLE as error:
-        raise ProtocolError(f"not a request between stores: {error}") from error
-    return message
-
-
-def decode_peer_reply(body: bytes) -> PeerReply:
-    """A holder's message.
-
-    Raises:
-        ProtocolError: Something else.
-    """
-    try:
-        message: PeerReply = _REPLY_DECODER.decode(body)
-    except _UNDECODABLE as error:
-        raise ProtocolError(f"not a reply between stores: {error}") from error
-    return message
+decode_peer_request: Final[Callable[[bytes], PeerRequest]] = decoder_of(
+    PeerRequest, what="not a request between stores", refusal=ProtocolError
+)
+"""A puller's message, or `ProtocolError`."""
+decode_peer_reply: Final[Callable[[bytes], PeerReply]] = decoder_of(
+    PeerReply, what="not a reply between stores", refusal=ProtocolError
+)
+"""A holder's message, or `ProtocolError`."""
 
 
 def puller_mac(secret: bytes, *, challenge: bytes, nonce: bytes, node_id: str) -> bytes:
     """The connecting store's proof."""
-    return hmac.new(secret, b"learnonce puller 1" + challenge + nonce + node_id.encode(), hashlib.sha256).digest()
+    return hello_mac(secret, side="puller", challenge=challenge, nonce=nonce, name=node_id)
 
 
 def holder_mac(secret: bytes, *, challenge: bytes, nonce: bytes, epoch: str) -> bytes:
     """The listening store's proof."""
-    return hmac.new(secret, b"learnonce holder 1" + challenge + nonce + epoch.encode(), hashlib.sha256).digest()
+    return hello_mac(secret, side="holder", challenge=challenge, nonce=nonce, name=epoch)

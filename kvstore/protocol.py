@@ -15,7 +15,7 @@ and answer none: `Progress` tells how far a streamed record has come.
 
 import hashlib
 import hmac
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from enum import StrEnum
 from typing import Annotated, Final
 
@@ -24,6 +24,7 @@ import msgspec
 from cluster.errors import DataError
 from kvstore.interfaces import CatalogEntry, ChunkMeta, TierStat
 from kvstore.keys import KEY_BYTES
+from kvstore.untrusted import decoder_of
 
 PROTOCOL_VERSION: Final = 2
 MAX_FRAME_BYTES: Final = 1 << 20
@@ -34,8 +35,12 @@ LENGTH_BYTES: Final = 4
 MAX_TIMEOUT_S: Final = 86_400.0
 """Longest time for which a store keeps a request waiting."""
 
+MAX_ARENA_BYTES: Final = 1 << 48
+"""Above what a process can map."""
+
 KeyBytes = Annotated[bytes, msgspec.Meta(min_length=KEY_BYTES, max_length=KEY_BYTES)]
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=MAX_TIMEOUT_S)]
+ArenaBytes = Annotated[int, msgspec.Meta(ge=0, le=MAX_ARENA_BYTES)]
 Nonce = Annotated[bytes, msgspec.Meta(min_length=NONCE_BYTES, max_length=NONCE_BYTES)]
 
 
@@ -67,7 +72,7 @@ class Welcome(_Message, frozen=True):
 
     mac: bytes
     epoch: str
-    arena_bytes: int
+    arena_bytes: ArenaBytes
     max_keys: int
     """Keys in one request."""
 
@@ -368,12 +373,7 @@ class Stats(_Message, frozen=True):
 NumberedReply = Held | Granted | Streaming | Reserved | Done | CatalogPage | Verified | Collected | Stats | Redeemed
 Reply = NumberedReply | Progress
 
-_UNDECODABLE: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
-"""What msgspec raises for hostile bytes: text that is not UTF-8 is no `DecodeError`."""
 _ENCODER: Final = msgspec.msgpack.Encoder()
-_HELLO_DECODER: Final = msgspec.msgpack.Decoder(Challenge | Proof | Welcome)
-_REQUEST_DECODER: Final = msgspec.msgpack.Decoder(Request)
-_REPLY_DECODER: Final = msgspec.msgpack.Decoder(Reply)
 
 
 def encode(message: msgspec.Struct) -> bytes:
@@ -382,53 +382,29 @@ def encode(message: msgspec.Struct) -> bytes:
     return len(body).to_bytes(LENGTH_BYTES, "little") + body
 
 
-def decode_hello(body: bytes) -> Challenge | Proof | Welcome:
-    """A handshake message.
-
-    Raises:
-        ProtocolError: Something else.
-    """
-    try:
-        message: Challenge | Proof | Welcome = _HELLO_DECODER.decode(body)
-    except _UNDECODABLE as error:
-        raise ProtocolError(f"not a handshake message: {error}") from error
-    return message
+decode_hello: Final[Callable[[bytes], Challenge | Proof | Welcome]] = decoder_of(
+    Challenge | Proof | Welcome, what="not a handshake message", refusal=ProtocolError
+)
+"""A handshake message, or `ProtocolError`."""
+decode_request: Final[Callable[[bytes], Request]] = decoder_of(Request, what="not a request", refusal=ProtocolError)
+"""A client's message, or `ProtocolError`."""
+decode_reply: Final[Callable[[bytes], Reply]] = decoder_of(Reply, what="not a reply", refusal=ProtocolError)
+"""A store's message, or `ProtocolError`."""
 
 
-def decode_request(body: bytes) -> Request:
-    """A client's message.
-
-    Raises:
-        ProtocolError: Something else.
-    """
-    try:
-        message: Request = _REQUEST_DECODER.decode(body)
-    except _UNDECODABLE as error:
-        raise ProtocolError(f"not a request: {error}") from error
-    return message
-
-
-def decode_reply(body: bytes) -> Reply:
-    """A store's message.
-
-    Raises:
-        ProtocolError: Something else.
-    """
-    try:
-        message: Reply = _REPLY_DECODER.decode(body)
-    except _UNDECODABLE as error:
-        raise ProtocolError(f"not a reply: {error}") from error
-    return message
+def hello_mac(secret: bytes, *, side: str, challenge: bytes, nonce: bytes, name: str) -> bytes:
+    """One side's proof; `side` keeps it from being worth anything as another's, or on another port."""
+    return hmac.new(secret, f"learnonce {side} 1".encode() + challenge + nonce + name.encode(), hashlib.sha256).digest()
 
 
 def client_mac(secret: bytes, *, challenge: bytes, nonce: bytes, client_name: str) -> bytes:
     """The client's proof."""
-    return hmac.new(secret, b"learnonce client 1" + challenge + nonce + client_name.encode(), hashlib.sha256).digest()
+    return hello_mac(secret, side="client", challenge=challenge, nonce=nonce, name=client_name)
 
 
 def store_mac(secret: bytes, *, challenge: bytes, nonce: bytes, epoch: str) -> bytes:
     """The store's proof."""
-    return hmac.new(secret, b"learnonce store 1" + challenge + nonce + epoch.encode(), hashlib.sha256).digest()
+    return hello_mac(secret, side="store", challenge=challenge, nonce=nonce, name=epoch)
 
 
 class FrameReader:

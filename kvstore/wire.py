@@ -20,7 +20,9 @@ import msgspec
 import numpy as np
 
 from cluster.errors import DataError, SettingsError
+from kvstore.engine.params import JoinMethod
 from kvstore.keys import ChunkKey, KvScope
+from kvstore.untrusted import UNDECODABLE
 
 PLAN_HEADER: Final = "x-serve-router-plan"
 """HAProxy strips client-sent headers with this prefix (design note RAY, section 5)."""
@@ -51,6 +53,18 @@ class Mode(StrEnum):
     """A prefill replica, whose chunks the decode replica then loads."""
 
 
+class JoinPlan(msgspec.Struct, frozen=True):
+    """How passages are joined that were learned at another place."""
+
+    method: JoinMethod
+    """Which of the moved tokens are computed again."""
+    share: float
+    """How many of them, 0 to 1."""
+
+    def __str__(self) -> str:
+        return f"{self.method};share={self.share:g}"
+
+
 class SpanKind(StrEnum):
     """Which segment of the prompt a span belongs to."""
 
@@ -60,7 +74,10 @@ class SpanKind(StrEnum):
 
 
 class Span(msgspec.Struct, frozen=True, array_like=True):
-    """One run of prompt tokens that is one chunk: half-open `[start, stop)`, chained behind all before it."""
+    """One run of prompt tokens that is one chunk: half-open `[start, stop)`.
+
+    Its key names it behind everything before it; with a `base`, behind the anchor alone.
+    """
 
     key: bytes
     start: int
@@ -70,6 +87,8 @@ class Span(msgspec.Struct, frozen=True, array_like=True):
     """The router believed a store holds it. A hint: the store is asked again, and a miss is computed."""
     save: bool
     """Whoever computes it writes it to its node's store."""
+    base: int | None = None
+    """Where the chunk was learned, if it is to be moved from there and joined; None: it is exact where it stands."""
 
     @property
     def num_tokens(self) -> int:
@@ -107,8 +126,12 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """Prompt token ids, little-endian uint32. Empty: the replica renders the prompt itself and reuses nothing."""
     spans: tuple[Span, ...] = ()
     """Cover the prompt from token 0 without gaps; empty with an empty prompt."""
+    join: JoinPlan | None = None
+    """Spans may have a `base`, and what is not held before the tail is a hole in what is loaded; mode `local` only."""
+    learned_tokens: int = 0
+    """With a join: of the held tokens, those that were computed for this very request just before."""
     cache_salt: str = ""
-    """Mixed into every key, and vLLM's own prefix cache salt."""
+    """Mixed into every key, and vLLM's own prefix cache salt (of a join: see `decode_workers.plan.engine_salt`)."""
     prefill: tuple[Peer, ...] = ()
     """Prefill replicas in order of preference; at least one in mode `remote`."""
     prefill_deadline_s: float = 0.0
@@ -133,10 +156,10 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def held_tokens(self) -> int:
-        """Tokens from position 0 that the router believed held without a gap."""
+        """Tokens from position 0 that the router believed held, without a gap and exact."""
         stop = 0
         for span in self.spans:
-            if not span.held:
+            if not span.held or span.base is not None:
                 break
             stop = span.stop
         return stop
@@ -158,7 +181,8 @@ def open_plan(header: str, *, secret: bytes, now_unix_s: float) -> Plan:
 
     Raises:
         PlanExpiredError: It was valid, and is too old.
-        PlanRejectedError: Bad encoding or signature, another version, spans that do not cover the prompt.
+        PlanRejectedError: Bad encoding or signature, another version, spans that do not cover the prompt, a join that
+            nobody could carry out.
     """
     try:
         raw = base64.urlsafe_b64decode(header.encode("ascii"))
@@ -171,7 +195,7 @@ def open_plan(header: str, *, secret: bytes, now_unix_s: float) -> Plan:
         inflater = zlib.decompressobj()
         plain = inflater.decompress(body, MAX_PLAN_BYTES)
         plan = msgspec.msgpack.decode(plain, type=Plan)
-    except (zlib.error, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (zlib.error, *UNDECODABLE) as error:
         raise PlanRejectedError(f"plan is damaged: {error}") from error
     if inflater.unconsumed_tail:
         raise PlanRejectedError(f"plan is larger than {MAX_PLAN_BYTES} bytes")
@@ -180,6 +204,7 @@ def open_plan(header: str, *, secret: bytes, now_unix_s: float) -> Plan:
     if not plan.expires_unix_s >= now_unix_s:  # so that NaN, which is neither, is no time at all
         raise PlanExpiredError(f"plan expired {now_unix_s - plan.expires_unix_s:.1f} s ago")
     _check_spans(plan)
+    _check_join(plan)
     return plan
 
 
@@ -210,6 +235,22 @@ def _check_spans(plan: Plan) -> None:
         position = span.stop
     if position not in (0, plan.num_prompt_tokens):
         raise PlanRejectedError(f"plan's spans end at {position}, its prompt at {plan.num_prompt_tokens}")
+
+
+def _check_join(plan: Plan) -> None:
+    moved = any(span.base is not None for span in plan.spans)
+    if plan.join is None:
+        if moved:
+            raise PlanRejectedError("plan moves chunks without a join")
+        return
+    if plan.mode is not Mode.LOCAL:
+        raise PlanRejectedError(f"plan joins in mode {plan.mode}, only the decode replica itself can join")
+    if not 0.0 <= plan.join.share <= 1.0:  # NaN is refused as well
+        raise PlanRejectedError(f"plan joins with a share of {plan.join.share}, not 0 to 1")
+    if any(span.base is not None and span.base < 0 for span in plan.spans):
+        raise PlanRejectedError("plan moves a chunk from before the prompt")
+    if any(span.save for span in plan.spans):
+        raise PlanRejectedError("plan saves chunks of a joined prompt, which are not what their keys say")
 
 
 class StoreEndpoint(msgspec.Struct, frozen=True, kw_only=True):
@@ -255,6 +296,8 @@ class WorkerReport(msgspec.Struct, frozen=True, kw_only=True):
     """Prompt tokens accepted and not yet computed."""
     draining: bool = False
     """Finishes what it has, takes nothing new."""
+    joins: bool = False
+    """Its engine can move and join passages (not every model's can)."""
 
 
 class PrefillAnswer(msgspec.Struct, frozen=True, kw_only=True):

@@ -133,6 +133,43 @@ def codec(
 
 
 @bench.command()
+def join(
+    json_file: Annotated[Path, typer.Option("--json", help="Where to write the result")],
+    data: Annotated[
+        Path | None, typer.Option(envvar=DATA_VARIABLE, help="Folder of texts; without one they are generated")
+    ] = None,
+    plots: Annotated[Path | None, typer.Option(help="Folder for the picture and the table")] = None,
+    contexts: Annotated[int | None, typer.Option(min=1, help="How many contexts of prose")] = None,
+    retrievals: Annotated[int | None, typer.Option(min=0, help="How many contexts of the look-up task")] = None,
+    model: Annotated[str, typer.Option(help="Model: embedded, or a folder")] = EMBEDDED_MODEL,
+    seed: Annotated[int, typer.Option(help="Of the choice of passages and of their order")] = 1,
+    work: Annotated[
+        Path | None, typer.Option(help="Folder for finished contexts, kept: a run that was stopped goes on from there")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Minutes: a few contexts")] = False,
+) -> None:
+    """Quality and time of answers over passages that were learned apart and joined, beside a full prefill."""
+    from loadtest import bench_join
+    from loadtest.bench_join.measure import measure
+
+    few = (bench_join.QUICK_CONTEXTS, bench_join.QUICK_RETRIEVALS)
+    many = (bench_join.DEFAULT_CONTEXTS, bench_join.DEFAULT_RETRIEVALS)
+    num_contexts, num_retrievals = few if quick else many
+    with tempfile.TemporaryDirectory(prefix="learnonce-bench-join-") as scratch:
+        settings = bench_join.JoinBenchSettings(
+            model=provide_model(model),
+            data=data,
+            plots=plots,
+            work=work or Path(scratch),
+            num_contexts=num_contexts if contexts is None else contexts,
+            num_retrievals=num_retrievals if retrievals is None else retrievals,
+            seed=seed,
+        )
+        content = measure(settings, log=_note)
+    _report(json_file, content)
+
+
+@bench.command()
 def soak(
     json_file: Annotated[Path, typer.Option("--json", help="Where to write the result")],
     minutes: Annotated[float, typer.Option(min=0.05, help="How long")] = 30.0,

@@ -53,6 +53,9 @@ def plan_work(plan: Plan, *, handoff: Handoff = "none") -> PrefillWork | Refusal
         return Refusal(
             status=400, error_type="BadRequestError", message="the plan has no prompt that a prefill replica could run"
         )
+    if plan.join is not None:
+        message = "prefill replicas do not join passages: the decode replica does"
+        return Refusal(status=400, error_type="BadRequestError", message=message)
     load = tuple(takewhile(lambda span: span.held, plan.spans))
     return PrefillWork(
         request_id=plan.request_id,

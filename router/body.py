@@ -8,15 +8,20 @@ the replica, and its answer is the client's.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Final
+from typing import Any, Final, Literal, cast, get_args
 
 import msgspec
 
+from kvstore.untrusted import UNDECODABLE
 from router.errors import RequestError, UnknownModelError
 
 _DEFAULT_COMPLETION_TOKENS: Final = 16
 """OpenAI's default for `/v1/completions`, which vLLM keeps."""
 _MAX_SALT_CHARS: Final = 1024
+
+NamedQuality = Literal["exact", "high", "fast"]
+Quality = NamedQuality | float
+"""How near to full prefill an answer shall be: by name, or as the share of moved tokens that is computed again."""
 
 
 class Endpoint(StrEnum):
@@ -73,6 +78,8 @@ class ParsedRequest:
     max_tokens: int = 0
     """Tokens asked for; 0 if the client left it open."""
     cache_salt: str = ""
+    quality: Quality | None = None
+    """None: the client left it open."""
     stream: bool = False
     opaque: OpaqueReason | None = None
     """Set: the prompt is not segmented."""
@@ -86,7 +93,7 @@ def decode_json(body: bytes) -> dict[str, Any]:
     """
     try:
         value = msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except UNDECODABLE as error:
         raise RequestError(f"the body is not valid JSON: {error}", None, "invalid_json") from error
     if not isinstance(value, dict):
         raise RequestError("the body must be a JSON object", None, "invalid_json")
@@ -180,6 +187,7 @@ def _parse_chat(
         add_special_tokens=_flag(body, "add_special_tokens", default=False),
         max_tokens=max_tokens,
         cache_salt=parse_salt(body),
+        quality=_quality(body),
         stream=_flag(body, "stream", default=False),
         opaque=opaque or tools_opaque,
     )
@@ -202,6 +210,7 @@ def _parse_completion(
         add_special_tokens=_flag(body, "add_special_tokens", default=True),
         max_tokens=_count(body, "max_tokens") if "max_tokens" in body else _DEFAULT_COMPLETION_TOKENS,
         cache_salt=parse_salt(body),
+        quality=_quality(body),
         stream=_flag(body, "stream", default=False),
         opaque=opaque,
     )
@@ -306,6 +315,15 @@ def _count(body: Mapping[str, Any], name: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise RequestError(f"`{name}` must be a whole number, 0 or more", name)
     return value
+
+
+def _quality(body: Mapping[str, Any]) -> Quality | None:
+    value = body.get("quality")
+    if value is None or value in get_args(NamedQuality):
+        return cast("Quality | None", value)
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1:
+        return float(value)
+    raise RequestError('`quality` must be "exact", "high", "fast", or a number from 0 to 1', "quality")
 
 
 def parse_salt(body: Mapping[str, Any]) -> str:

@@ -1,6 +1,6 @@
 """Which node holds which chunk: a fold over what the stores say.
 
-Covers: events and snapshots in, lookups out, bounded memory.
+Covers: events and snapshots in, lookups out, bounded memory; what replicas said before the event came.
 Does not cover: sockets, gaps and replays (`kvstore.events.DirectoryFeed`), when feeds run (`router.feeds`).
 """
 
@@ -101,6 +101,33 @@ class Directory:
             return
         _discard(self._nodes_by_key, key, node_id)
         _discard(self._keys_by_node, node_id, key)
+
+
+class FreshChunks:
+    """Chunks that a prefill replica has just called readable, until the store's own event must have arrived.
+
+    Without it, whoever asks right after a passage was learned would have it learned again.
+    """
+
+    def __init__(self, *, ttl_s: float) -> None:
+        self._ttl_s = ttl_s
+        self._entries: OrderedDict[ChunkKey, tuple[str, float]] = OrderedDict()
+
+    def add(self, keys: Iterable[ChunkKey], *, node_id: str, now_s: float) -> None:
+        """Believe that `node_id` holds `keys`, from `now_s` on for the time to live."""
+        self._expire(now_s)
+        for key in keys:
+            self._entries[key] = (node_id, now_s + self._ttl_s)
+            self._entries.move_to_end(key)
+
+    def node_of(self, key: ChunkKey, *, now_s: float) -> frozenset[str]:
+        """The node that was last believed to hold `key`, if it still is."""
+        node_id, until_s = self._entries.get(key, ("", now_s))
+        return frozenset({node_id} if until_s > now_s else ())
+
+    def _expire(self, now_s: float) -> None:
+        while self._entries and next(iter(self._entries.values()))[1] <= now_s:
+            self._entries.popitem(last=False)
 
 
 def _discard(index: dict[K, set[V]], name: K, value: V) -> None:

@@ -3,17 +3,25 @@
 Covers: the JSON that is shown. Does not cover: deciding (`router.policy`). Never token ids, never prompt text.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
-from kvstore.wire import SpanKind
+import msgspec
+
+from kvstore.wire import Span, SpanKind
 from router.planner import PreparedRequest
-from router.policy import Decision
+from router.policy import Decision, LearnFirst
 
 
-def explain(prepared: PreparedRequest, decision: Decision) -> dict[str, Any]:
-    """The plan that this request would get now."""
+def explain(prepared: PreparedRequest, decision: Decision, *, first: LearnFirst | None = None) -> dict[str, Any]:
+    """The plan that this request would get now.
+
+    Args:
+        prepared: The request.
+        decision: Made as if `first` were learned.
+        first: Passages that would be learned before.
+    """
     opaque = prepared.prompt.opaque
-    planned = {span.key: span for span in decision.spans}
     return {
         "object": "learnonce.plan",
         "mode": decision.mode.value,
@@ -24,21 +32,23 @@ def explain(prepared: PreparedRequest, decision: Decision) -> dict[str, Any]:
         "uncached_tokens": decision.uncached_tokens,
         "opaque": opaque.value if opaque else None,
         "segments": _segments(prepared),
-        "documents": _documents(prepared, decision),
+        "join": msgspec.to_builtins(decision.join),
+        "documents": _documents(prepared, decision, learned=first.documents if first else ()),
         "chunks": [
             {
                 "key": span.key.hex()[:12],
                 "segment": span.kind.value,
-                "document": span.document,
+                "document": keyed.document,
                 "tokens": span.num_tokens,
-                "held": planned[span.key].held,
-                "save": planned[span.key].save,
+                "held": span.held,
+                "save": span.save,
+                "base": span.base,
             }
-            for span in prepared.spans
+            for keyed, span in zip(prepared.spans, decision.spans, strict=True)
         ],
         "prefill_deadline_s": round(decision.prefill_deadline_s, 3),
         "load_deadline_s": round(decision.load_deadline_s, 3),
-        "reasons": list(decision.reasons),
+        "reasons": [*([first.reason] if first else []), *decision.reasons],
     }
 
 
@@ -49,19 +59,26 @@ def _segments(prepared: PreparedRequest) -> dict[str, int]:
     return tokens
 
 
-def _documents(prepared: PreparedRequest, decision: Decision) -> list[dict[str, Any]]:
-    """Per document its tokens, and whether its KV behind everything before it is held."""
-    held: dict[int, bool] = {}
+def _documents(prepared: PreparedRequest, decision: Decision, *, learned: Sequence[int]) -> list[dict[str, Any]]:
+    """Per document its tokens, and what is done with its KV."""
+    spans: dict[int, list[Span]] = {}
     for keyed, span in zip(prepared.spans, decision.spans, strict=True):
         if keyed.document is not None:
-            held[keyed.document] = held.get(keyed.document, True) and span.held
+            spans.setdefault(keyed.document, []).append(span)
     documents = []
     for segment in prepared.prompt.segments:
         if segment.document is None:
             continue
         document = prepared.request.documents[segment.document]
-        state = "held" if held.get(segment.document, False) else "unknown"
+        state = "learn first" if segment.document in learned else _state(spans.get(segment.document, []))
         documents.append(
             {"index": segment.document, "title": document.title, "tokens": len(segment.ids), "state": state}
         )
     return documents
+
+
+def _state(spans: Sequence[Span]) -> str:
+    """held: exact where it stands; moved: learned elsewhere and joined; unknown: some of it must be computed."""
+    if not spans or not all(span.held for span in spans):
+        return "unknown"
+    return "held" if all(span.base is None for span in spans) else "moved"

@@ -32,6 +32,8 @@ class ServingFacts:
     scope: KvScope | None
     """None: engines without KV, nothing is reused."""
     max_model_len: int
+    joins: bool = False
+    """All of them can join passages."""
 
 
 @dataclass(slots=True)
@@ -128,7 +130,11 @@ class Membership:
             return None
         scopes = Counter(report.scope for report in ready if report.scope is not None)
         scope = max(scopes, key=lambda scope: (scopes[scope], scope.model_digest, repr(scope))) if scopes else None
-        return ServingFacts(scope=scope, max_model_len=min(report.max_model_len for report in ready))
+        return ServingFacts(
+            scope=scope,
+            max_model_len=min(report.max_model_len for report in ready),
+            joins=all(report.joins for report in ready),
+        )
 
     def stores(self) -> dict[str, StoreEndpoint]:
         """Latest store of each node that any worker reports."""

@@ -6,7 +6,7 @@ from cluster.telemetry import counter, gauge, histogram
 
 TTFT_SECONDS: Final = histogram(
     "learnonce_router_ttft_seconds",
-    "Request received at the ingress to the first byte of the answer sent, by plan mode",
+    "Request received at the ingress to the first byte of the answer sent, by plan: local, remote, joined",
     labels=("mode",),
     when_it_moves="Compare modes; a rise in `remote` alone points at prefill replicas or the store.",
 )
@@ -26,9 +26,14 @@ HIT_TOKENS_TOTAL: Final = counter(
     "Prompt tokens that the directory believed readable when the plan was made",
     when_it_moves="Falling against prompt tokens: the store evicts, restarted, or the template or model changed.",
 )
+HOLE_TOKENS_TOTAL: Final = counter(
+    "learnonce_router_hole_tokens_total",
+    "Prompt tokens of joined plans that stand before the tail and that nobody held",
+    when_it_moves="Passages come in that were not learned in time: add prefill replicas, or learn them ahead.",
+)
 PLANS_TOTAL: Final = counter(
     "learnonce_router_plans_total",
-    "Plans made, by mode: local, remote, opaque (the replica renders the prompt; nothing is reused)",
+    "Plans made, by mode: local, remote, joined, opaque (the replica renders the prompt; nothing is reused)",
     labels=("mode",),
     when_it_moves="Many `opaque` plans: clients use features that can not be segmented (docs/router.md).",
 )
@@ -76,6 +81,12 @@ LEARNED_TOTAL: Final = counter(
     "Passages asked for at /v1/documents, by state: learned, already_held, failed",
     labels=("state",),
     when_it_moves="`failed`: no prefill replica, or the store had no room.",
+)
+LEARNED_FIRST_TOTAL: Final = counter(
+    "learnonce_router_learned_first_total",
+    "Passages that requests waited for before they were joined, by state: learned, already_held, failed",
+    labels=("state",),
+    when_it_moves="`failed`: they are computed in place; prefill replicas are too few, or too slow for the deadline.",
 )
 BOOKED_TOKENS: Final = gauge(
     "learnonce_router_booked_tokens",

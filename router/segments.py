@@ -20,7 +20,7 @@ from typing import Any, Final
 import msgspec
 import numpy as np
 
-from kvstore.keys import KvScope, chain_keys, root_key
+from kvstore.keys import KvScope, child_key, root_key
 from kvstore.wire import SpanKind
 from router.body import Document, Endpoint, OpaqueReason, ParsedRequest, part_text
 from router.errors import PromptTooLongError, RequestError
@@ -167,21 +167,27 @@ def cut_spans(prompt: Prompt, *, scope: KvScope, salt: str, settings: SpanSettin
     """Cut a prompt into spans and chain their keys.
 
     A passage is one span unless it is longer than `max_chunk_tokens`; prefix and tail are cut every
-    `exact_chunk_tokens` from their own start, so a growing history keeps its earlier spans.
+    `exact_chunk_tokens` from their own start, so a growing history keeps its earlier spans. Passages get a second key,
+    chained from the anchor's (all before the first passage) through their own spans.
     """
-    bounds: list[tuple[int, int, Segment]] = []
-    position = 0
+    spans: list[KeyedSpan] = []
+    key = anchor_key = root_key(scope, salt=salt)
+    position = anchor_stop = 0
     for segment in prompt.segments:
-        step = settings.max_chunk_tokens if segment.kind is SpanKind.PASSAGE else settings.exact_chunk_tokens
-        end = position + len(segment.ids)
-        bounds += [(start, min(start + step, end), segment) for start in range(position, end, step)]
-        position = end
-    ids = prompt.ids
-    keys = chain_keys(root_key(scope, salt=salt), (ids[start:stop] for start, stop, _ in bounds))
-    return tuple(
-        KeyedSpan(key, start, stop, segment.kind, segment.document)
-        for key, (start, stop, segment) in zip(keys, bounds, strict=True)
-    )
+        is_passage = segment.kind is SpanKind.PASSAGE
+        step = settings.max_chunk_tokens if is_passage else settings.exact_chunk_tokens
+        passage_key, learned_at = anchor_key, anchor_stop
+        for first in range(0, len(segment.ids), step):
+            ids = segment.ids[first : first + step]
+            stop = position + len(ids)
+            key = child_key(key, ids)
+            passage_key = child_key(passage_key, ids)
+            alone = passage_key if is_passage else None
+            spans.append(KeyedSpan(key, position, stop, segment.kind, segment.document, alone, learned_at))
+            position, learned_at = stop, learned_at + len(ids)
+        if segment.kind is SpanKind.PREFIX:
+            anchor_key, anchor_stop = key, position
+    return tuple(spans)
 
 
 def normalise_messages(

@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from cluster.clock import Clock, SystemClock
@@ -22,7 +22,7 @@ from router.feeds import FeedFactory, Feeds
 from router.learn import Learner
 from router.membership import Membership, ReportSource
 from router.metrics import BOOKED_TOKENS, FALLBACKS_TOTAL, REPLICAS, TTFT_SECONDS, VIEW_AGE_SECONDS
-from router.planner import Placed, Planner
+from router.planner import Placed, Planner, PreparedRequest
 from router.relay import ReplicaClient, Send, StreamEnd, Upstream, forwarded_headers, send_answer
 from router.scrape import merged_metrics
 from router.settings import RouterSettings
@@ -131,6 +131,7 @@ class RouterService:
         """
         deadline_s = client.received_s + self.settings.deadlines.request_s
         prepared = await self.planner.prepare(request, body_bytes=len(client.body))
+        prepared = await self._learn_first(client, prepared, deadline_s=deadline_s)
         failure = NoReplicaError("no decode replica is ready", self.settings.retry_after_s)
         for _ in range(self.settings.limits.max_relay_attempts):
             budget_s = deadline_s - self.clock.now_s()
@@ -142,7 +143,7 @@ class RouterService:
                     failure = NoReplicaError("no decode replica could be reached", self.settings.retry_after_s)
                     continue
                 placed.booking.first_byte()
-                TTFT_SECONDS.labels(placed.decision.mode.value).observe(self.clock.now_s() - client.received_s)
+                TTFT_SECONDS.labels(placed.decision.way).observe(self.clock.now_s() - client.received_s)
                 return await self._pass_on(upstream, send, deadline_s=deadline_s)
             finally:
                 placed.booking.end()
@@ -179,7 +180,8 @@ class RouterService:
             LearnonceError: As `answer`.
         """
         prepared = await self.planner.prepare(request, body_bytes=body_bytes)
-        return explain(prepared, self.planner.decide(prepared))
+        first = self.planner.learn_first(prepared)
+        return explain(prepared, self.planner.decide(prepared, learned=first), first=first)
 
     def waiting_for(self) -> list[str]:
         """What is missing before requests can be answered; empty: ready."""
@@ -200,6 +202,19 @@ class RouterService:
             budget_s=self.settings.deadlines.metrics_s,
             max_bytes=self.settings.limits.max_metrics_bytes,
         )
+
+    async def _learn_first(
+        self, client: ClientRequest, prepared: PreparedRequest, *, deadline_s: float
+    ) -> PreparedRequest:
+        """The request, once passages that it would join are learned, as far as there is time for it."""
+        first = self.planner.learn_first(prepared)
+        if first is None:
+            return prepared
+        log.info("plan request=%s reasons=%s", client.request_id, first.reason)
+        # At most half of what is left: the answer takes its time as well.
+        budget_s = min(first.budget_s, (deadline_s - self.clock.now_s()) / 2)
+        tokens = await self.learner.learn_first(prepared, first, request_id=client.request_id, budget_s=budget_s)
+        return replace(prepared, learned_tokens=tokens)
 
     async def _ask(self, client: ClientRequest, placed: Placed, *, budget_s: float) -> Upstream | None:
         """The replica's answer, or None if another replica should be asked."""

@@ -1,15 +1,18 @@
 """What an operator may change about the router.
 
-Covers: the documented template, spans, the placement rule, deadlines, limits.
+Covers: the documented template, spans, the placement rule, joins, deadlines, limits.
 Does not cover: where the model is or what it is called (`cluster.settings`), API keys (environment
 `LEARNONCE_API_KEYS`), the cluster's secret (environment `LEARNONCE_CLUSTER_SECRET`).
 """
 
-from typing import Self
+from typing import Annotated, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from cluster.settings_base import SettingsBase
+from kvstore.engine.params import JoinMethod
+from kvstore.wire import JoinPlan
+from router.body import NamedQuality, Quality
 
 
 class TemplateSettings(SettingsBase):
@@ -55,6 +58,35 @@ class RuleSettings(SettingsBase):
     """A shorter last span is not saved: computing it again costs less than keeping it."""
     max_candidates: PositiveInt = 3
     """Prefill replicas named in a plan."""
+
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class JoinSettings(SettingsBase):
+    """Reuse of passages at another place than they were learned at (docs/router.md)."""
+
+    default_quality: NamedQuality = "exact"
+    """Of requests without `quality`; `exact` never joins."""
+    high_method: JoinMethod = "query_aware"
+    """Which of the moved tokens quality `high` computes again; a number as quality takes this method, too."""
+    high_share: Share = 0.15
+    """How many of them, as a part of all moved tokens."""
+    fast_method: JoinMethod = "query_aware"
+    """Which of the moved tokens quality `fast` computes again."""
+    fast_share: Share = 0.05
+    """How many of them, as a part of all moved tokens."""
+    learn_min_tokens: NonNegativeInt = 64
+    """A passage that nobody holds is learned before its request is joined, or computed in place if it is shorter."""
+
+    def plan_for(self, quality: Quality | None) -> JoinPlan | None:
+        """The join that a request's quality allows; None: exact reuse only."""
+        quality = self.default_quality if quality is None else quality
+        if quality == "exact":
+            return None
+        if quality == "fast":
+            return JoinPlan(self.fast_method, self.fast_share)
+        return JoinPlan(self.high_method, self.high_share if quality == "high" else quality)
 
 
 class DeadlineSettings(SettingsBase):
@@ -106,7 +138,7 @@ class LimitSettings(SettingsBase):
     directory_entries: PositiveInt = 1 << 20
     """Chunk locations remembered; beyond it the oldest are forgotten, which costs only misses."""
     max_learning: PositiveInt = 8
-    """Passages being learned ahead at the same time in this router."""
+    """Passages being learned ahead at the same time in this router, and as many again for requests that wait."""
     max_metrics_bytes: PositiveInt = 16 << 20
     """Metric pages larger than this are left out."""
 
@@ -120,6 +152,8 @@ class RouterSettings(SettingsBase):
     """Where prompts are cut."""
     rule: RuleSettings = Field(default_factory=RuleSettings)
     """Who computes and who generates."""
+    join: JoinSettings = Field(default_factory=JoinSettings)
+    """Which requests may reuse passages at other places."""
     deadlines: DeadlineSettings = Field(default_factory=DeadlineSettings)
     """How long each step may take."""
     limits: LimitSettings = Field(default_factory=LimitSettings)

@@ -21,6 +21,10 @@ class KeyedSpan:
     kind: SpanKind
     document: int | None = None
     """Index into the request's documents, for passages."""
+    passage_key: ChunkKey | None = None
+    """Of the same tokens behind the anchor alone, for passages; behind it directly both keys are equal."""
+    base: int = 0
+    """Where the chunk called `passage_key` starts in the prompt that is the anchor and this passage alone."""
 
     @property
     def num_tokens(self) -> int:
@@ -52,13 +56,13 @@ class View:
     sharing_nodes: frozenset[str] = frozenset()
     """Nodes whose stores read from each other: a chunk on one of them can be read on all of them."""
 
-    def is_local(self, span: KeyedSpan, *, node_id: str) -> bool:
-        """Whether the node's own store holds the span."""
-        return node_id in self.nodes_by_key.get(span.key, frozenset())
+    def is_local(self, key: ChunkKey, *, node_id: str) -> bool:
+        """Whether the node's own store holds the chunk."""
+        return node_id in self.nodes_by_key.get(key, frozenset())
 
-    def holds(self, span: KeyedSpan, *, node_id: str) -> bool:
-        """Whether the span can be read on `node_id`, from its own store or from another node's."""
-        nodes = self.nodes_by_key.get(span.key, frozenset())
+    def holds(self, key: ChunkKey, *, node_id: str) -> bool:
+        """Whether the chunk can be read on `node_id`, from its own store or from another node's."""
+        nodes = self.nodes_by_key.get(key, frozenset())
         return node_id in nodes or (node_id in self.sharing_nodes and bool(nodes & self.sharing_nodes))
 
     def share(self, one: str, other: str) -> bool:
@@ -69,7 +73,7 @@ class View:
         """Tokens from position 0 that can be read on `node_id` without a gap."""
         stop = 0
         for span in spans:
-            if not self.holds(span, node_id=node_id):
+            if not self.holds(span.key, node_id=node_id):
                 break
             stop = span.stop
         return stop
@@ -77,4 +81,4 @@ class View:
     def local_tokens(self, spans: Sequence[KeyedSpan], *, node_id: str) -> int:
         """Those of `held_prefix_tokens` that the node's own store holds."""
         stop = self.held_prefix_tokens(spans, node_id=node_id)
-        return sum(s.num_tokens for s in spans if s.stop <= stop and self.is_local(s, node_id=node_id))
+        return sum(s.num_tokens for s in spans if s.stop <= stop and self.is_local(s.key, node_id=node_id))

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from cluster.errors import CallerError
 from kvstore.codecs.cachegen_profile import ESCAPE, SATURATED, CachegenProfile
 from kvstore.codecs.layered import check_kv, float_rows
-from kvstore.codecs.rows import SYMBOLS, TOTAL, Frequencies, frequencies_of
+from kvstore.codecs.profile import FREQUENCY_SUM
+from kvstore.codecs.rows import SYMBOLS, Frequencies, frequencies_of
 from kvstore.compiled import compiled
 
 GROUP_TOKENS: Final = 10
@@ -30,8 +31,8 @@ SKIPPED_TOKENS: Final = 8
 """Tokens at position 0 and behind it are no sample: few values there are larger than all others together."""
 _UNIT: Final = 64
 """Weight of one counted symbol, so that its neighbours can get a part of it."""
-_ESCAPE_SHARE: Final = 1 / TOTAL
-_KNOWN_SHARE: Final = 1 / (8 * TOTAL)
+_ESCAPE_SHARE: Final = 1 / FREQUENCY_SUM
+_KNOWN_SHARE: Final = 1 / (8 * FREQUENCY_SUM)
 """A symbol that is rarer than this is escaped: a table has 4096 parts, and one of them is worth more elsewhere."""
 _CENTRE: Final = 128
 

@@ -92,10 +92,9 @@ def class_scales() -> NDArray[np.float32]:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Transform:
-    """`y = (x - bias) @ forward`, in which errors of all directions weigh the same; `x = y @ inverse + bias`."""
+    """`x = y @ inverse + bias`, where errors of `y` weigh the same in all directions."""
 
     bias_C: torch.Tensor
-    forward_CR: torch.Tensor
     inverse_RC: torch.Tensor
 
 
@@ -230,4 +229,4 @@ def fit_transform(x_TC: torch.Tensor, importance_T: NDArray[np.float64], metric_
     vectors = torch.linalg.eigh(root_CC @ covariance_CC @ root_CC)[1].flip(1)
     # An eigenvector has no sign; without one the same text would not give the same profile everywhere.
     vectors = vectors * torch.sign(vectors.gather(0, vectors.abs().argmax(0, keepdim=True)))
-    return Transform(bias_C=bias_C, forward_CR=root_CC @ vectors, inverse_RC=vectors.T @ inverse_CC)
+    return Transform(bias_C=bias_C, inverse_RC=vectors.T @ inverse_CC)

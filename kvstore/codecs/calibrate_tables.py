@@ -128,7 +128,7 @@ def widths(owner_M: NDArray[np.int64], weight_M: Counts, reach_MZ: NDArray[np.fl
     return result
 
 
-def frequencies_of(share_S: NDArray[np.float64], *, low: int, high: int) -> NDArray[np.uint16]:
+def table_of(share_S: NDArray[np.float64], *, low: int, high: int) -> NDArray[np.uint16]:
     """Whole frequencies that sum to 4096, at least 1 for the values from `low` to `high`, 0 for others."""
     result = np.zeros(len(share_S), np.int64)
     inside = slice(ZERO + low, ZERO + high + 1)
@@ -179,10 +179,10 @@ def table_set(counts: list[Counts], live: list[tuple[int, ...]]) -> tuple[NDArra
             ids[band][level, row, context] = len(frequencies) + owner
         low = 0 if kind == "bit" else -1
         frequencies += [
-            frequencies_of(share_S, low=low * width, high=width) for share_S, width in zip(shares_KS, wide, strict=True)
+            table_of(share_S, low=low * width, high=width) for share_S, width in zip(shares_KS, wide, strict=True)
         ]
     if not frequencies:
-        frequencies.append(frequencies_of(np.ones(NUM_SYMBOLS), low=-1, high=1))
+        frequencies.append(table_of(np.ones(NUM_SYMBOLS), low=-1, high=1))
     return np.stack(frequencies), ids
 
 
@@ -191,4 +191,4 @@ def class_tables(counts_WS: Counts) -> tuple[NDArray[np.uint16], NDArray[np.int6
     padded_WS = np.zeros((len(counts_WS), NUM_SYMBOLS), np.int64)
     padded_WS[:, ZERO : ZERO + NUM_CLASSES] = counts_WS
     owner_W, shares_KS = cluster(padded_WS, count=TABLES_BY_KIND["class"])
-    return np.stack([frequencies_of(share_S, low=0, high=NUM_CLASSES - 1) for share_S in shares_KS]), owner_W
+    return np.stack([table_of(share_S, low=0, high=NUM_CLASSES - 1) for share_S in shares_KS]), owner_W

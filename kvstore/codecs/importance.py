@@ -27,7 +27,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from kvstore.codecs.profile import NUM_CLASSES, Profile, ProfileDataError
+from kvstore.codecs.profile import NUM_CLASSES, Profile, ProfileDataError, derived
 
 _NEEDED: Final = ("attention_mean", "attention_factor", "class_bounds")
 _CURVE: Final = ("importance_at", "importance", "importance_tail")
@@ -86,9 +86,7 @@ def token_classes(profile: Profile, k_TNH: Floats, *, layer: int) -> NDArray[np.
     """
     if not all(name in profile.encoder for name in _NEEDED) or not len(k_TNH):
         return None
-    _check(profile)
-    encoder, groups = profile.encoder, profile.groups
-    diagonals = profile.__dict__["_attention_diagonals"]
+    encoder, groups, diagonals = profile.encoder, profile.groups, derived(profile, _checked_diagonals)
     attention_GT = log_attention(
         k_TNH,
         mean_NH=encoder["attention_mean"][layer].astype(np.float32),
@@ -108,9 +106,8 @@ def token_classes(profile: Profile, k_TNH: Floats, *, layer: int) -> NDArray[np.
     return classes
 
 
-def _check(profile: Profile) -> None:
-    if "_importance_fits" in profile.__dict__:
-        return
+def _checked_diagonals(profile: Profile) -> Floats | None:
+    """The factors' diagonals, of arrays that fit the model."""
     encoder, bands = profile.encoder, (profile.num_layers, 2, profile.groups)
     heads = (profile.num_layers, profile.num_kv_heads, profile.head_dim)
     mean, factor, bounds = (encoder[name] for name in _NEEDED)
@@ -123,5 +120,4 @@ def _check(profile: Profile) -> None:
         right = right and bool((np.diff(encoder[_CURVE[0]], axis=-1) >= 0).all())
     if not right:
         raise ProfileDataError(f"encoder's {', '.join((*_NEEDED, *_CURVE))} do not fit each other or the model")
-    profile.__dict__["_attention_diagonals"] = _diagonals(factor)
-    profile.__dict__["_importance_fits"] = True
+    return _diagonals(factor)

@@ -1,31 +1,31 @@
 """Int4 codec: one scale per 32 values of a head, four bits per value.
 
-Covers: finite KV to codes of four bits with scales and back.
-Does not cover: other widths (`kvstore.codecs.int8`), anything about the model: there is nothing to calibrate.
+Covers: one layer of finite KV to codes of four bits with scales and back.
+Does not cover: whole chunks (`kvstore.codecs.scaled`), other widths (`kvstore.codecs.int8`).
 Shape letters: as in `kvstore.codecs`; G = T * N * H / W groups of W values each, for K as for V.
 
 A layer's bytes: scales bfloat16 `[2, G]`, then a byte for each value of K (low half) and the same one of V (high half).
-Stored bits per value: 4 + 16 / W, which is 4.5 for heads of a multiple of 32. There is no header: metadata says all.
+Stored bits per value: 4 + 16 / W, which is 4.5 for heads of a multiple of 32.
 
 A code is between -8 and 7, and the value of largest magnitude gets -8, so the scale has the sign that this takes. On KV
 of SmolLM2 that has 12 % less error than scales without a sign, and as little as 64 values with a scale and an offset,
 which take the same 4.5 bits.
 """
 
-import math
 from typing import Final
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from kvstore.codecs.layered import Bytes, check_kv, check_layers, check_meta, float_rows, writable_bytes
-from kvstore.codecs.raw import CodecDataError, unexported_bytes
+from kvstore.codecs.layered import Bytes
+from kvstore.codecs.raw import CodecDataError
+from kvstore.codecs.scaled import ScaledCodec
 from kvstore.compiled import compiled
-from kvstore.interfaces import ChunkMeta
 
 _GROUP_VALUES: Final = 32
 _SCALE_BYTES: Final = 2
+_MAX_HEAD_DIM: Final = 1 << 20
+"""Keeps what metadata claims from a long search for a divisor."""
 _LEAST: Final = -8
 _MOST: Final = 7
 
@@ -40,10 +40,12 @@ def group_values(head_dim: int) -> int:
     return next(width for width in range(min(head_dim, _GROUP_VALUES), 0, -1) if head_dim % width == 0)
 
 
-class Int4Codec:
+class Int4Codec(ScaledCodec):
     """Each value within a scale of what it was; the scale is the largest magnitude of its group over 8.
 
     Example:
+        >>> import torch
+        >>> from kvstore.interfaces import ChunkMeta
         >>> kv = torch.tensor([1.0, -16.0, 0.4, 9.0, 0.0, 0.0, 0.0, 0.0]).reshape(1, 2, 1, 1, 4)
         >>> meta = ChunkMeta(num_tokens=1, num_layers=1, num_kv_heads=1, head_dim=4, dtype="float32", base_position=0)
         >>> out = bytearray(Int4Codec().encoded_bytes(meta))
@@ -56,69 +58,31 @@ class Int4Codec:
         """`int4`."""
         return "int4"
 
-    def encoded_bytes(self, meta: ChunkMeta) -> int:
-        """Exactly what `encode` writes."""
-        check_meta(meta)
-        if meta.head_dim > 1 << 20:
-            raise CodecDataError(f"heads of {meta.head_dim} values cannot be stored")
-        return meta.num_layers * _layer_bytes(math.prod(meta.shape[2:]), meta.head_dim)
+    def _layer_bytes(self, num_values: int, *, head_dim: int) -> int:
+        """One byte per value of K, which is shared with V, and the scales of both."""
+        if head_dim > _MAX_HEAD_DIM:
+            raise CodecDataError(f"heads of {head_dim} values cannot be stored")
+        return num_values + 2 * _SCALE_BYTES * (num_values // group_values(head_dim))
 
-    def encode(self, kv_L2TNH: torch.Tensor, *, out: memoryview, meta: ChunkMeta | None = None) -> int:
-        """Write the chunk to the start of `out`.
+    def _quantise_layer(self, values_RH: NDArray[np.float32], *, out: Bytes) -> bool:
+        """Write one layer to all of `out`; whether all values are finite."""
+        values_2GW = _grouped(values_RH)
+        scales_2G, at = np.empty(values_2GW.shape[:2], np.uint16), len(out) - values_RH.size // 2
+        is_finite: bool = _quantise(values_2GW, scales_2G, out[at:].reshape(values_2GW.shape[1:]))
+        out[:at] = scales_2G.reshape(-1).view(np.uint8)
+        return is_finite
 
-        Raises:
-            CodecDataError: Also for a NaN or an infinity: no code stands for it.
-        """
-        check_kv(kv_L2TNH)
-        head_dim, num_values = kv_L2TNH.shape[-1], kv_L2TNH[0, 0].numel()
-        layer_bytes = _layer_bytes(num_values, head_dim)
-        target = writable_bytes(out, len(kv_L2TNH) * layer_bytes)
-        width = group_values(head_dim)
-        scales_2G = np.empty((2, num_values // width), dtype=np.uint16)
-        for layer, kv_2TNH in enumerate(kv_L2TNH):
-            part = target[layer * layer_bytes : (layer + 1) * layer_bytes]
-            values_2GW = float_rows(kv_2TNH).reshape(2, -1, width)
-            if not _quantise(values_2GW, scales_2G, part[layer_bytes - num_values :].reshape(-1, width)):
-                raise CodecDataError(f"KV of layer {layer} holds a NaN or an infinity")
-            part[: layer_bytes - num_values] = scales_2G.reshape(-1).view(np.uint8)
-        return len(target)
-
-    def decode(self, payload: memoryview, *, meta: ChunkMeta) -> torch.Tensor:
-        """The chunk's KV."""
-        self._check(payload, meta)
-        out = torch.empty(meta.shape, dtype=check_meta(meta))
-        self.decode_layers(payload, meta=meta, layers=range(meta.num_layers), out=out)
-        return out
-
-    def decode_layers(self, payload: memoryview, *, meta: ChunkMeta, layers: range, out: torch.Tensor) -> None:
-        """Some layers' KV into `out` `[layer, 2, T, N, H]`; the others are not looked at."""
-        self._check(payload, meta)
-        check_layers(layers, meta, out)
-        data = unexported_bytes(payload)
-        layer_bytes = len(payload) // meta.num_layers
-        width = group_values(meta.head_dim)
-        values_2GW = np.empty((2, math.prod(meta.shape[2:]) // width, width), dtype=np.float32)
-        for index, layer in enumerate(layers):
-            _decode_layer(data[layer * layer_bytes : (layer + 1) * layer_bytes], values_2GW)
-            out[index] = torch.from_numpy(values_2GW).view(out[index].shape)
-
-    def _check(self, payload: memoryview, meta: ChunkMeta) -> None:
-        expected_bytes = self.encoded_bytes(meta)
-        if len(payload) != expected_bytes:
-            raise CodecDataError(f"payload has {len(payload)} bytes, its KV needs {expected_bytes}")
+    def _restore_layer(self, data: Bytes, *, values_RH: NDArray[np.float32]) -> None:
+        """Read one layer."""
+        values_2GW, at = _grouped(values_RH), len(data) - values_RH.size // 2
+        # Copied: scales need not be aligned in the payload.
+        scales_2G = np.frombuffer(data[:at].tobytes(), dtype=np.uint16).reshape(values_2GW.shape[:2])
+        _restore(scales_2G, data[at:].reshape(values_2GW.shape[1:]), values_2GW)
 
 
-def _layer_bytes(num_values: int, head_dim: int) -> int:
-    """One byte per value of K, which is shared with V, and the scales of both."""
-    return num_values + 2 * _SCALE_BYTES * (num_values // group_values(head_dim))
-
-
-def _decode_layer(data: Bytes, values_2GW: NDArray[np.float32]) -> None:
-    _, num_groups, width = values_2GW.shape
-    at = 2 * _SCALE_BYTES * num_groups
-    # Copied: scales need not be aligned in the payload.
-    scales_2G = np.frombuffer(data[:at].tobytes(), dtype=np.uint16).reshape(2, num_groups)
-    _restore(scales_2G, data[at:].reshape(num_groups, width), values_2GW)
+def _grouped(values_RH: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The same values, by what shares a scale."""
+    return values_RH.reshape(2, -1, group_values(values_RH.shape[1]))
 
 
 @compiled("boolean(float32[:, :, ::1], uint16[:, ::1], uint8[:, ::1])")

@@ -1,33 +1,32 @@
 """Int8 codec: one scale per token and head, eight bits per value.
 
-Covers: finite KV to small integers with scales and back.
-Does not cover: other widths (`kvstore.codecs.int4`), anything about the model: there is nothing to calibrate.
+Covers: one layer of finite KV to small integers with scales and back.
+Does not cover: whole chunks (`kvstore.codecs.scaled`), other widths (`kvstore.codecs.int4`).
 Shape letters: as in `kvstore.codecs`; R = 2 * T * N rows of H values.
 
 A layer's bytes: scales float32 `[R]`, codes int8 `[R, H]`, K before V. Stored bits per value: 8 + 32 / H, which is 8.5
-for heads of 64. There is no header: metadata says all.
+for heads of 64.
 """
 
-import math
 from typing import Final
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from kvstore.codecs.layered import Bytes, check_kv, check_layers, check_meta, float_rows, writable_bytes
-from kvstore.codecs.raw import CodecDataError, unexported_bytes
+from kvstore.codecs.layered import Bytes
+from kvstore.codecs.scaled import ScaledCodec
 from kvstore.compiled import compiled
-from kvstore.interfaces import ChunkMeta
 
 _SCALE_BYTES: Final = 4
 _MOST: Final = 127
 
 
-class Int8Codec:
+class Int8Codec(ScaledCodec):
     """Each value within half a scale of what it was; the scale is the row's largest magnitude over 127.
 
     Example:
+        >>> import torch
+        >>> from kvstore.interfaces import ChunkMeta
         >>> kv = torch.tensor([1.0, -254.0, 0.4, 127.0, 0.0, 0.0, 0.0, 0.0]).reshape(1, 2, 1, 1, 4)
         >>> meta = ChunkMeta(num_tokens=1, num_layers=1, num_kv_heads=1, head_dim=4, dtype="float32", base_position=0)
         >>> out = bytearray(Int8Codec().encoded_bytes(meta))
@@ -40,59 +39,23 @@ class Int8Codec:
         """`int8`."""
         return "int8"
 
-    def encoded_bytes(self, meta: ChunkMeta) -> int:
-        """Exactly what `encode` writes."""
-        check_meta(meta)
-        return math.prod(meta.shape[:-1]) * (_SCALE_BYTES + meta.head_dim)
+    def _layer_bytes(self, num_values: int, *, head_dim: int) -> int:
+        """A byte for each value, and the scales."""
+        return 2 * (num_values // head_dim) * (_SCALE_BYTES + head_dim)
 
-    def encode(self, kv_L2TNH: torch.Tensor, *, out: memoryview, meta: ChunkMeta | None = None) -> int:
-        """Write the chunk to the start of `out`.
+    def _quantise_layer(self, values_RH: NDArray[np.float32], *, out: Bytes) -> bool:
+        """Write one layer to all of `out`; whether all values are finite."""
+        scales_R, at = np.empty(len(values_RH), np.float32), _SCALE_BYTES * len(values_RH)
+        is_finite: bool = _quantise(values_RH, scales_R, out[at:].view(np.int8).reshape(values_RH.shape))
+        out[:at] = scales_R.view(np.uint8)
+        return is_finite
 
-        Raises:
-            CodecDataError: Also for a NaN or an infinity: it has no place between -127 and 127.
-        """
-        check_kv(kv_L2TNH)
-        num_rows, head_dim = kv_L2TNH[0].numel() // kv_L2TNH.shape[-1], kv_L2TNH.shape[-1]
-        layer_bytes = num_rows * (_SCALE_BYTES + head_dim)
-        target = writable_bytes(out, len(kv_L2TNH) * layer_bytes)
-        scales_R = np.empty(num_rows, dtype=np.float32)
-        for layer, kv_2TNH in enumerate(kv_L2TNH):
-            part = target[layer * layer_bytes : (layer + 1) * layer_bytes]
-            codes_RH = part[_SCALE_BYTES * num_rows :].view(np.int8).reshape(num_rows, head_dim)
-            if not _quantise(float_rows(kv_2TNH), scales_R, codes_RH):
-                raise CodecDataError(f"KV of layer {layer} holds a NaN or an infinity")
-            part[: _SCALE_BYTES * num_rows] = scales_R.view(np.uint8)
-        return len(target)
-
-    def decode(self, payload: memoryview, *, meta: ChunkMeta) -> torch.Tensor:
-        """The chunk's KV."""
-        self._check(payload, meta)
-        out = torch.empty(meta.shape, dtype=check_meta(meta))
-        self.decode_layers(payload, meta=meta, layers=range(meta.num_layers), out=out)
-        return out
-
-    def decode_layers(self, payload: memoryview, *, meta: ChunkMeta, layers: range, out: torch.Tensor) -> None:
-        """Some layers' KV into `out` `[layer, 2, T, N, H]`; the others are not looked at."""
-        self._check(payload, meta)
-        check_layers(layers, meta, out)
-        data = unexported_bytes(payload)
-        layer_bytes = len(payload) // meta.num_layers
-        values_RH = np.empty((math.prod(meta.shape[1:-1]), meta.head_dim), dtype=np.float32)
-        for index, layer in enumerate(layers):
-            _decode_layer(data[layer * layer_bytes : (layer + 1) * layer_bytes], values_RH)
-            out[index] = torch.from_numpy(values_RH).view(out[index].shape)
-
-    def _check(self, payload: memoryview, meta: ChunkMeta) -> None:
-        expected_bytes = self.encoded_bytes(meta)
-        if len(payload) != expected_bytes:
-            raise CodecDataError(f"payload has {len(payload)} bytes, its KV needs {expected_bytes}")
-
-
-def _decode_layer(data: Bytes, values_RH: NDArray[np.float32]) -> None:
-    at = _SCALE_BYTES * len(values_RH)
-    # Copied: scales need not be aligned in the payload.
-    scales_R = np.frombuffer(data[:at].tobytes(), dtype=np.float32)
-    _restore(scales_R, data[at:].view(np.int8).reshape(values_RH.shape), values_RH)
+    def _restore_layer(self, data: Bytes, *, values_RH: NDArray[np.float32]) -> None:
+        """Read one layer."""
+        at = _SCALE_BYTES * len(values_RH)
+        # Copied: scales need not be aligned in the payload.
+        scales_R = np.frombuffer(data[:at].tobytes(), dtype=np.float32)
+        _restore(scales_R, data[at:].view(np.int8).reshape(values_RH.shape), values_RH)
 
 
 @compiled("boolean(float32[:, ::1], float32[::1], int8[:, ::1])")

@@ -32,6 +32,7 @@ from kvstore.codecs.layered import (
     unsigned,
     write_layered,
 )
+from kvstore.codecs.rans import lookup_tables
 from kvstore.codecs.raw import CodecDataError
 from kvstore.codecs.rows import (
     SYMBOLS,
@@ -41,7 +42,6 @@ from kvstore.codecs.rows import (
     decode_rows,
     encode_rows,
     frequencies_of,
-    lookup_tables,
 )
 from kvstore.compiled import compiled
 from kvstore.interfaces import ChunkMeta

@@ -15,10 +15,11 @@ dtype, shape and offset from the first multiple of 64 behind it. The profile's i
 import hashlib
 import math
 import struct
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import msgspec
 import numpy as np
@@ -46,6 +47,10 @@ _START: Final = struct.Struct("<8sHHI")
 _DTYPES: Final = ("<f4", "<f8", "|i1", "|u1", "<u2", "<i2", "<u4", "<i4", "<i8")
 _MAX_COUNT: Final = 1 << 16
 _MAX_TEXT_CHARS: Final = 1 << 16
+_DERIVING: Final = threading.RLock()
+"""Re-entrant, because what is derived may need something else that is. One for all: it is held once per profile."""
+
+T = TypeVar("T")
 
 
 class ProfileDataError(DataError):
@@ -144,6 +149,22 @@ class Profile:
         # The id is that of these bytes, not of what this version would write.
         profile.__dict__["_bytes"] = bytes(data)
         return profile
+
+
+def derived(profile: Profile, make: Callable[[Profile], T]) -> T:
+    """What `make` makes of a profile: once, whichever threads ask for it first, and kept as long as the profile.
+
+    Args:
+        profile: Never changes, so neither does what is made of it.
+        make: A function of a module, by whose name the result is found again.
+    """
+    kept, name = profile.__dict__, f"{make.__module__}.{make.__qualname__}"
+    if name not in kept:
+        with _DERIVING:
+            if name not in kept:
+                kept[name] = make(profile)
+    found: T = kept[name]
+    return found
 
 
 class _BandHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -329,8 +350,10 @@ def _check_band(profile: Profile, band: Band, name: str) -> None:
         _need(len(of_classes) == NUM_CLASSES and of_classes.all(), f"{name}: not every class can be coded")
     for level in range(levels):
         used_RXS = profile.frequencies_KS[band.table_ids_VRX[level, : live[level]]]
-        # What a coder cannot avoid: 0 everywhere; at a refinement also 1, and -1 where the sign is not known yet.
         _need(used_RXS[:, :, zero].all(), f"{name}: 0 cannot be coded at level {level}")
         if level:
-            _need(used_RXS[:, :, zero + 1].all(), f"{name}: 1 cannot be coded at level {level}")
-            _need(used_RXS[:, 0, zero - 1].all(), f"{name}: -1 cannot be coded at level {level}")
+            # A refinement is one bit, with a sign where there was none yet: all of these, and nothing else.
+            signs_R3, bits_RX2 = used_RXS[:, 0, zero - 1 : zero + 2], used_RXS[:, 1:, zero : zero + 2]
+            _need(signs_R3.all() and bits_RX2.all(), f"{name}: -1, 0 or 1 cannot be coded at level {level}")
+            is_whole = (signs_R3.sum(axis=-1) == FREQUENCY_SUM).all() and (bits_RX2.sum(axis=-1) == FREQUENCY_SUM).all()
+            _need(is_whole, f"{name}: level {level} codes more than one bit of a magnitude, and its sign")

@@ -127,51 +127,26 @@ _JOB_FIELDS: Final = 6
 """Of one stream, 64 bits each: words, read position, number of words, states, tables, out."""
 
 
-@intrinsic
-def _decode_one(_context: Any, luts: Any, jobs: Any, count: Any) -> Any:
-    del luts, jobs, count
-    return _JOB_TYPES, partial(_emit_decoder, streams=1, refine=False)
+def _loop(*, streams: int, refine: bool) -> Any:
+    """The decoder's loop over the tokens of one stream, or of two at once."""
 
+    @intrinsic
+    def loop(_context: Any, luts: Any, jobs: Any, count: Any) -> Any:
+        del luts, jobs, count
+        return _JOB_TYPES, partial(_emit_decoder, streams=streams, refine=refine)
 
-@intrinsic
-def _decode_two(_context: Any, luts: Any, jobs: Any, count: Any) -> Any:
-    del luts, jobs, count
-    return _JOB_TYPES, partial(_emit_decoder, streams=2, refine=False)
-
-
-@intrinsic
-def _refine_one(_context: Any, luts: Any, jobs: Any, count: Any) -> Any:
-    del luts, jobs, count
-    return _JOB_TYPES, partial(_emit_decoder, streams=1, refine=True)
-
-
-@intrinsic
-def _refine_two(_context: Any, luts: Any, jobs: Any, count: Any) -> Any:
-    del luts, jobs, count
-    return _JOB_TYPES, partial(_emit_decoder, streams=2, refine=True)
-
-
-@intrinsic
-def _cut_one(_context: Any, luts: Any, jobs: Any, count: Any) -> Any:
-    del luts, jobs, count
-    return _JOB_TYPES, partial(_emit_decoder, streams=1, refine=True, has_cuts=True)
-
-
-@intrinsic
-def _cut_two(_context: Any, luts: Any, jobs: Any, count: Any) -> Any:
-    del luts, jobs, count
-    return _JOB_TYPES, partial(_emit_decoder, streams=2, refine=True, has_cuts=True)
+    return loop
 
 
 class _Stream:
     """What one stream is between two tokens; a step waits for its gather, so that two at once take little longer."""
 
-    def __init__(self, e: _Emitter, jobs: Any, index: int, *, refine: bool, has_cuts: bool) -> None:
+    def __init__(self, e: _Emitter, jobs: Any, index: int, *, refine: bool) -> None:
         fields = [e.load(_I64, jobs, _I64(8 * (index * _JOB_FIELDS + field))) for field in range(_JOB_FIELDS)]
         self.words, self.first, self.limit, self.states, tables, self.out = fields
         self.tables = [e.load(_V32, tables, _I64(context * 4 * LANES)) for context in range(3)]
         self.start = e.load(_V32, self.states)
-        self.refine, self.has_cuts = refine, has_cuts
+        self.refine = refine
 
     def begin(self, e: _Emitter) -> None:
         """Values that go from token to token."""
@@ -183,15 +158,13 @@ class _Stream:
         place = e.pointer(self.out, offset)
         known = b.sext(b.load(place, align=2, typ=_V16), _V32) if self.refine else self.previous
         table = e.table(self.tables, known)
-        if self.has_cuts:
+        if self.refine:
             value, self.new_state, self.new_at = e.cut_step(self.words, self.at, self.state, table)
+            # Twice the value and the new bit, away from zero; where there was no sign yet, the symbol brings it.
+            away = b.select(b.icmp_signed("<", known, _all(0)), b.sub(_all(0), value), value)
+            value = b.add(b.shl(known, _all(1)), away)
         else:
             value, self.new_state, self.new_at = e.step(luts, self.words, self.at, self.state, table)
-        if self.refine:
-            # Twice the value and the new bit, away from zero; where there was no sign yet, the symbol brings it.
-            doubled = b.shl(known, _all(1))
-            away = b.select(b.icmp_signed("<", known, _all(0)), b.sub(_all(0), value), value)
-            value = b.add(doubled, away)
         b.store(b.trunc(value, _V16), place, align=2)
         self.value = value
 
@@ -206,13 +179,11 @@ class _Stream:
             phi.add_incoming(later, loop)
 
 
-def _emit_decoder(
-    context: Any, builder: Any, _signature: Any, args: Any, *, streams: int, refine: bool, has_cuts: bool = False
-) -> Any:
+def _emit_decoder(context: Any, builder: Any, _signature: Any, args: Any, *, streams: int, refine: bool) -> Any:
     """Loop over `count` > 0 tokens; ends early when the words of a stream are used up."""
     luts, jobs, count = args
     e, b = _Emitter(builder), builder
-    each = [_Stream(e, jobs, index, refine=refine, has_cuts=has_cuts) for index in range(streams)]
+    each = [_Stream(e, jobs, index, refine=refine) for index in range(streams)]
     before = b.block
     loop, done = b.append_basic_block("token"), b.append_basic_block("done")
     b.branch(loop)
@@ -271,8 +242,7 @@ def _emit_encode(_context: Any, builder: Any, _signature: Any, args: Any) -> Any
     low = b.and_(state, _all((1 << _WORD_BITS) - 1))
     b.call(store, [low, e.pointer(words, b.mul(new_at, _I64(4))), full])
     state_in = b.select(full, b.lshr(state, _all(_WORD_BITS)), state)
-    quotient, rest = _emit_divide(b, state_in, frequency)
-    new_state = b.add(b.add(b.shl(quotient, _all(_TABLE_BITS)), rest), below)
+    new_state = b.add(_emit_push(b, state_in, frequency), below)
     for phi, initial, later in ((left, count, token), (at, first, new_at), (state, start, new_state)):
         phi.add_incoming(initial, before)
         phi.add_incoming(later, loop)
@@ -282,47 +252,47 @@ def _emit_encode(_context: Any, builder: Any, _signature: Any, args: Any) -> Any
     return new_at
 
 
-def _emit_divide(b: Any, value: Any, by: Any) -> tuple[Any, Any]:
-    """Exact quotient and rest, for quotients below 2^20: the float's is wrong by one at most.
+def _emit_push(b: Any, state: Any, frequency: Any) -> Any:
+    """`state // frequency * 4096 + state % frequency`, for quotients below 2^20.
 
     A product with the reciprocal, because that does not wait for the state, and every step waits for the one before.
+    The reciprocal is too small by more than three roundings of float32 are worth: so the quotient is right, or too
+    small by one.
     """
-    reciprocal = b.fdiv(ir.Constant(_VF, [1.0] * LANES), b.uitofp(by, _VF))
-    guess = b.fptoui(b.fmul(b.uitofp(value, _VF), reciprocal), _V32)
-    rest = b.sub(value, b.mul(guess, by))
-    too_large = b.icmp_signed("<", rest, _all(0))
-    guess = b.select(too_large, b.sub(guess, _all(1)), guess)
-    rest = b.select(too_large, b.add(rest, by), rest)
-    too_small = b.icmp_signed(">=", rest, by)
-    return b.select(too_small, b.add(guess, _all(1)), guess), b.select(too_small, b.sub(rest, by), rest)
+    reciprocal = b.fdiv(ir.Constant(_VF, [1.0 - 2.0**-22] * LANES), b.uitofp(frequency, _VF))
+    quotient = b.fptoui(b.fmul(b.uitofp(state, _VF), reciprocal), _V32)
+    # quotient * 4096 + (state - quotient * frequency): both products at once.
+    others = b.sub(_all(1 << _TABLE_BITS), frequency)
+    pushed = b.add(state, b.mul(quotient, others))
+    rest = b.sub(state, b.mul(quotient, frequency))
+    return b.select(b.icmp_unsigned(">=", rest, frequency), b.add(pushed, others), pushed)
 
 
-@compiled("void(uintp, uintp, intp, intp, boolean, boolean)")
-def decode_streams(luts: int, jobs: int, streams: int, count: int, refine: bool, has_cuts: bool) -> None:
+_decode_one, _decode_two = _loop(streams=1, refine=False), _loop(streams=2, refine=False)
+_refine_one, _refine_two = _loop(streams=1, refine=True), _loop(streams=2, refine=True)
+
+
+@compiled("void(uintp, uintp, intp, intp, boolean)")
+def decode_streams(luts: int, jobs: int, streams: int, count: int, refine: bool) -> None:
     """Decode `count` > 0 tokens of 16 rows of one stream, or of two at once.
 
     Args:
-        luts: Address of the look-up tables.
+        luts: Address of the look-up tables; refining needs none.
         jobs: Address of i64[streams, 6]: addresses of words (u32, 16 bits each; 16 more than there are may be read),
             the read position (in and out), the number of words, and addresses of the states (u32[16], in and out), the
-            tables (i32[3, 16], their first entries by context and lane) and the values (i16[count, 16]). A read
-            position above the number of words says that they were not enough; then no stream was finished.
+            tables (i32[3, 16], by context and lane) and the values (i16[count, 16]). A read position above the number
+            of words says that they were not enough; then no stream was finished.
         streams: 1 or 2.
         count: Tokens.
         refine: Whether the values are known and get one more bit: then they are the context, not the row's symbol
-            before.
-        has_cuts: Refining with symbols -1, 0 and 1 only: the tables are not first entries, but each says itself at
-            which slot 0 begins (16 bits), and 1 (16 bits above).
+            before. A table is then no first entry, but says itself at which slot 0 begins (16 bits), and 1 (16 bits
+            above): all refinements code -1, 0 and 1 only.
     """
     if streams == 1:
-        if has_cuts:
-            _cut_one(luts, jobs, count)
-        elif refine:
+        if refine:
             _refine_one(luts, jobs, count)
         else:
             _decode_one(luts, jobs, count)
-    elif has_cuts:
-        _cut_two(luts, jobs, count)
     elif refine:
         _refine_two(luts, jobs, count)
     else:
@@ -334,14 +304,6 @@ def decode_group(luts: int, words: int, at: int, limit: int, states: int, tables
     """`decode_streams` of one stream, not refining. Returns the read position."""
     jobs = np.array([words, at, limit, states, tables, out], np.int64)
     _decode_one(luts, jobs.ctypes.data, count)
-    return jobs[1]
-
-
-@compiled("intp(uintp, uintp, intp, intp, uintp, uintp, uintp, intp)")
-def refine_group(luts: int, words: int, at: int, limit: int, states: int, tables: int, out: int, count: int) -> int:
-    """`decode_streams` of one stream, refining. Returns the read position."""
-    jobs = np.array([words, at, limit, states, tables, out], np.int64)
-    _refine_one(luts, jobs.ctypes.data, count)
     return jobs[1]
 
 

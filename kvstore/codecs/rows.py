@@ -1,8 +1,8 @@
 """Entropy coding of symbols `[tokens, channels]` where every channel has one table.
 
-Covers: frequencies from counts, tables, one stream of symbols and back.
+Covers: frequencies from counts, one stream of symbols and back.
 Does not cover: what symbols mean and which table a channel has (`kvstore.codecs.lossless`, `kvstore.codecs.cachegen`),
-the inner loops (`kvstore.codecs.rans_vectors`).
+tables as the coder wants them (`kvstore.codecs.rans`), the inner loops (`kvstore.codecs.rans_vectors`).
 Shape letters: T tokens, C channels, K tables, S = 256 symbols.
 
 A stream: 16 states u32, then words u16, little-endian. Sixteen channels are coded side by side, token after token, and
@@ -20,14 +20,13 @@ from numpy.typing import NDArray
 
 from cluster.errors import DataError
 from kvstore.codecs import rans_vectors
+from kvstore.codecs.profile import FREQUENCY_SUM
+from kvstore.codecs.rans import FIRST_STATE, encoder_tables, fill_lookup, nobody_lookup
 from kvstore.codecs.rans_vectors import LANES
 from kvstore.codecs.raw import CodecDataError
 from kvstore.compiled import compiled
 
 SYMBOLS: Final = 256
-TOTAL: Final = 1 << 12
-"""What the frequencies of a table sum to."""
-_START: Final = 1 << 16
 _STATES_BYTES: Final = 4 * LANES
 _WORD_BYTES: Final = 2
 _SEARCHED_TOKENS: Final = 64
@@ -68,7 +67,7 @@ def bits_of(counts_KS: NDArray[np.int64], frequencies_KS: Frequencies) -> float:
     """Bits that symbols of these counts take with these tables; infinite where a table does not know one."""
     if np.any((frequencies_KS == 0) & (counts_KS > 0)):
         return float("inf")
-    share = np.where(frequencies_KS > 0, frequencies_KS.astype(np.float64) / TOTAL, 1.0)
+    share = np.where(frequencies_KS > 0, frequencies_KS.astype(np.float64) / FREQUENCY_SUM, 1.0)
     return float(-(counts_KS * np.log2(share)).sum())
 
 
@@ -79,9 +78,9 @@ def check_frequencies(frequencies: Frequencies) -> None:
         TableError: A table does not sum to 4096.
     """
     sums = frequencies.sum(axis=-1, dtype=np.int64).ravel()
-    if np.any(sums != TOTAL):
-        wrong = int(np.flatnonzero(sums != TOTAL)[0])
-        raise TableError(f"table {wrong} sums to {sums[wrong]}, expected {TOTAL}")
+    if np.any(sums != FREQUENCY_SUM):
+        wrong = int(np.flatnonzero(sums != FREQUENCY_SUM)[0])
+        raise TableError(f"table {wrong} sums to {sums[wrong]}, expected {FREQUENCY_SUM}")
 
 
 def stream_bound_bytes(num_tokens: int, num_channels: int) -> int:
@@ -99,20 +98,9 @@ def encode_rows(symbols_TC: Bytes, *, table_ids_C: Ids, frequencies_KS: Frequenc
     """
     num_tokens, num_channels = symbols_TC.shape
     words = np.empty(num_tokens * -(-num_channels // LANES) * LANES, dtype=np.uint32)
-    states = np.full(LANES, _START, dtype=np.uint32)
-    first = _encode(symbols_TC, table_ids_C, frequencies_KS, states, words)
+    states = np.full(LANES, FIRST_STATE, dtype=np.uint32)
+    first = _encode(symbols_TC, table_ids_C, encoder_tables(frequencies_KS), states, words)
     return np.concatenate([states.view(np.uint8), words[first:].astype(np.uint16).view(np.uint8)])
-
-
-def lookup_tables(frequencies_KS: Frequencies) -> Lookup:
-    """What `decode_rows` reads, 16 KiB per table, one more for lanes without a channel.
-
-    Frequencies are checked by the caller (`check_frequencies`).
-    """
-    lookup = np.empty((len(frequencies_KS) + 1, TOTAL), dtype=np.uint32)
-    _fill_lookups(frequencies_KS, lookup)
-    _fill_idle(lookup[-1])
-    return lookup
 
 
 def decode_rows(stream: Bytes, *, table_ids_C: Ids, lookup_KE: Lookup, out_TC: Bytes) -> None:
@@ -121,7 +109,7 @@ def decode_rows(stream: Bytes, *, table_ids_C: Ids, lookup_KE: Lookup, out_TC: B
     Args:
         stream: Exactly the bytes that were written.
         table_ids_C: Table of every channel, below K.
-        lookup_KE: As `lookup_tables` made them.
+        lookup_KE: As `kvstore.codecs.rans.lookup_tables` made them.
         out_TC: Filled with symbols.
 
     Raises:
@@ -139,8 +127,13 @@ def decode_own_rows(stream: Bytes, *, frequencies_CS: Frequencies, out_TC: Bytes
         For few tokens that is not worth it: then every symbol is searched for.
     """
     words, states = _split(stream)
-    decode = _decode_own if len(out_TC) >= _SEARCHED_TOKENS else _decode_searched
-    _check_end(decode(words, states, frequencies_CS, out_TC), words, states, out_TC)
+    if len(out_TC) < _SEARCHED_TOKENS:
+        read = _decode_searched(words, states, frequencies_CS, out_TC)
+    else:
+        lookup_KE = np.empty((LANES + 1, FREQUENCY_SUM), np.uint32)
+        lookup_KE[LANES] = nobody_lookup()
+        read = _decode_own(words, states, frequencies_CS, lookup_KE, out_TC)
+    _check_end(read, words, states, out_TC)
 
 
 def _split(stream: Bytes) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
@@ -155,7 +148,7 @@ def _split(stream: Bytes) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
 
 
 def _check_end(read: int, words: NDArray[np.uint32], states: NDArray[np.uint32], out_TC: Bytes) -> None:
-    if read != len(words) - LANES or np.any(states != _START):
+    if read != len(words) - LANES or np.any(states != FIRST_STATE):
         raise CodecDataError(f"stream of {len(words) - LANES} words does not hold {out_TC.shape} symbols")
 
 
@@ -166,12 +159,12 @@ def _normalise(counts: NDArray[np.int64], frequencies: Frequencies) -> None:
         for symbol in range(SYMBOLS):
             total += counts[table, symbol]
         if total == 0:
-            frequencies[table, 0] = TOTAL
+            frequencies[table, 0] = FREQUENCY_SUM
             continue
-        left = TOTAL
+        left = FREQUENCY_SUM
         for symbol in range(SYMBOLS):
             if counts[table, symbol] > 0:
-                share = max(1, int(counts[table, symbol] * (TOTAL / total) + 0.5))
+                share = max(1, int(counts[table, symbol] * (FREQUENCY_SUM / total) + 0.5))
                 frequencies[table, symbol] = share
                 left -= share
         # The largest ones carry the rounding: there it costs least.
@@ -183,34 +176,6 @@ def _normalise(counts: NDArray[np.int64], frequencies: Frequencies) -> None:
             change = left if left > 0 else -min(-left, max(1, (frequencies[table, largest] - 1) // 8))
             frequencies[table, largest] += change
             left -= change
-
-
-@compiled("void(uint16[::1], uint32[::1])")
-def _fill_lookup(frequencies: Frequencies, table: NDArray[np.uint32]) -> None:
-    """What the decoder reads: symbol (8 bits, signed), frequency - 1 (12 bits), offset within the symbol (12 bits)."""
-    at = 0
-    for symbol in range(SYMBOLS):
-        frequency = int(frequencies[symbol])
-        if frequency:
-            entry = np.uint32(((symbol ^ _CENTRE) << 24) | ((frequency - 1) << 12))
-            # A slice of its own: LLVM then sees plain increasing addresses, and uses vectors.
-            slots = table[at : at + frequency]
-            for offset in range(len(slots)):
-                slots[offset] = entry | np.uint32(offset)
-            at += frequency
-
-
-@compiled("void(uint32[::1])")
-def _fill_idle(table: NDArray[np.uint32]) -> None:
-    """A table that knows one symbol: it takes no words, and leaves the state as it is."""
-    for slot in range(TOTAL):
-        table[slot] = np.uint32(((TOTAL - 1) << 12) | slot)
-
-
-@compiled("void(uint16[:, ::1], uint32[:, ::1])")
-def _fill_lookups(frequencies: Frequencies, lookup: Lookup) -> None:
-    for table in range(len(frequencies)):
-        _fill_lookup(frequencies[table], lookup[table])
 
 
 @compiled("intp(uint32[::1], intp, uint32[::1], uint32[:, ::1], int32[:, ::1], int16[:, ::1], intp, uint8[:, ::1])")
@@ -246,27 +211,27 @@ def _decode(words: NDArray[np.uint32], states: NDArray[np.uint32], ids: Ids, loo
     for first in range(0, out.shape[1], LANES):
         for lane in range(LANES):
             channel = first + lane
-            entries[:, lane] = TOTAL * (int(ids[channel]) if channel < len(ids) else idle)
+            entries[:, lane] = FREQUENCY_SUM * (int(ids[channel]) if channel < len(ids) else idle)
         at = _decode_tile(words, at, states, lookup, entries, tile, first, out)
         if at > limit:
             break
     return at
 
 
-@compiled("intp(uint32[::1], uint32[::1], uint16[:, ::1], uint8[:, ::1])")
-def _decode_own(words: NDArray[np.uint32], states: NDArray[np.uint32], frequencies: Frequencies, out: Bytes) -> int:
-    """As `_decode`."""
+@compiled("intp(uint32[::1], uint32[::1], uint16[:, ::1], uint32[:, ::1], uint8[:, ::1])")
+def _decode_own(
+    words: NDArray[np.uint32], states: NDArray[np.uint32], frequencies: Frequencies, lookup: Lookup, out: Bytes
+) -> int:
+    """As `_decode`; `lookup` is room for the tables of 16 channels, and holds the one for nobody behind them."""
     tile = np.empty((out.shape[0], LANES), dtype=np.int16)
-    lookup = np.empty((LANES + 1, TOTAL), dtype=np.uint32)
-    _fill_idle(lookup[LANES])
     entries = np.empty((3, LANES), dtype=np.int32)
     limit, at = len(words) - LANES, 0
     for first in range(0, out.shape[1], LANES):
         for lane in range(LANES):
             channel = first + lane
             if channel < out.shape[1]:
-                _fill_lookup(frequencies[channel], lookup[lane])
-            entries[:, lane] = TOTAL * (lane if channel < out.shape[1] else LANES)
+                fill_lookup(frequencies[channel], lookup[lane])
+            entries[:, lane] = FREQUENCY_SUM * (lane if channel < out.shape[1] else LANES)
         at = _decode_tile(words, at, states, lookup, entries, tile, first, out)
         if at > limit:
             break
@@ -294,7 +259,7 @@ def _decode_searched(
                 return at
             for lane in range(width):
                 state = states[lane]
-                slot = state & np.uint32(TOTAL - 1)
+                slot = state & np.uint32(FREQUENCY_SUM - 1)
                 symbol = 0
                 step = SYMBOLS // 2
                 while step:
@@ -303,29 +268,20 @@ def _decode_searched(
                 out[token, first + lane] = symbol
                 frequency = below[lane, symbol + 1] - below[lane, symbol]
                 state = frequency * (state >> np.uint32(12)) + slot - below[lane, symbol]
-                if state < np.uint32(_START):
+                if state < np.uint32(FIRST_STATE):
                     state = (state << np.uint32(16)) | words[at]
                     at += 1
                 states[lane] = state
     return at
 
 
-@compiled("intp(uint8[:, ::1], uint16[::1], uint16[:, ::1], uint32[::1], uint32[::1])")
+@compiled("intp(uint8[:, ::1], uint16[::1], uint32[:, ::1], uint32[::1], uint32[::1])")
 def _encode(
-    symbols: Bytes, table_ids: Ids, frequencies: Frequencies, states: NDArray[np.uint32], words: NDArray[np.uint32]
+    symbols: Bytes, table_ids: Ids, entries: NDArray[np.uint32], states: NDArray[np.uint32], words: NDArray[np.uint32]
 ) -> int:
     """Fill `words` from its end; where they start."""
     num_tokens, num_channels = symbols.shape
-    num_tables = frequencies.shape[0]
-    # One table more, for lanes without a channel: it knows one symbol, which costs nothing.
-    entries = np.empty((num_tables + 1, SYMBOLS), dtype=np.uint32)
-    for table in range(num_tables):
-        below = 0
-        for symbol in range(SYMBOLS):
-            frequency = int(frequencies[table, symbol])
-            entries[table, symbol] = np.uint32(((frequency - 1) << 12) | below) if frequency else np.uint32(0)
-            below += frequency
-    entries[num_tables] = np.uint32((TOTAL - 1) << 12)
+    nobody = len(entries) - 1
     tile = np.zeros((num_tokens, LANES), dtype=np.int16)
     first_entries = np.empty((3, LANES), dtype=np.int32)
     at = len(words)
@@ -333,7 +289,7 @@ def _encode(
         first = group * LANES
         for lane in range(LANES):
             channel = first + lane
-            table = int(table_ids[channel]) if channel < num_channels else num_tables
+            table = int(table_ids[channel]) if channel < num_channels else nobody
             first_entries[:, lane] = table * SYMBOLS
         for token in range(num_tokens):
             for lane in range(min(LANES, num_channels - first)):

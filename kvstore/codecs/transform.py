@@ -60,13 +60,11 @@ class TransformCodec:
     """
 
     def __init__(self, profile: Profile, *, level: int | None = None, num_threads: int = 1) -> None:
-        if level is not None and not 0 <= level < profile.num_levels:
-            raise CallerError(f"level {level} of a profile with {profile.num_levels} levels")
         if num_threads < 1:
             raise CallerError(f"{num_threads} threads; at least 1 is needed")
         self._profile = profile
-        self._level = profile.num_levels - 1 if level is None else level
-        self._threads = ThreadPoolExecutor(num_threads, "learnonce-codec") if num_threads > 1 else None
+        self._level = self._checked(profile.num_levels - 1 if level is None else level)
+        self._num_threads = num_threads
 
     @property
     def name(self) -> str:
@@ -101,6 +99,7 @@ class TransformCodec:
             level: Finest level to write; None: the codec's.
 
         Raises:
+            CallerError: The profile has no such level.
             CodecDataError: Not KV of the profile's model, not finite, or longer than `out`.
         """
         meta = self._meta(kv_L2TNH) if meta is None else meta
@@ -109,7 +108,7 @@ class TransformCodec:
             raise CodecDataError(
                 f"KV {tuple(kv_L2TNH.shape)} of {kv_L2TNH.dtype}; {meta.shape} of {meta.dtype} expected"
             )
-        num_levels = (self._level if level is None else min(level, self._profile.num_levels - 1)) + 1
+        num_levels = (self._level if level is None else self._checked(level)) + 1
         exact_tokens = stream.num_exact(meta, self._profile)
         exact = _bytes_of(kv_L2TNH[:, :, :exact_tokens])
         room = len(out)
@@ -189,6 +188,11 @@ class TransformCodec:
         layout = stream.read_header(payload, meta=meta, profile=self._profile)
         return OpenTransformChunk(profile=self._profile, meta=meta, layout=layout, payload=payload)
 
+    def _checked(self, level: int) -> int:
+        if not 0 <= level < self._profile.num_levels:
+            raise CallerError(f"level {level} of a profile with levels 0 to {self._profile.num_levels - 1}")
+        return level
+
     def _meta(self, kv_L2TNH: torch.Tensor) -> ChunkMeta:
         names = [name for name, dtype in DTYPES.items() if dtype is kv_L2TNH.dtype]
         if kv_L2TNH.ndim != 5 or kv_L2TNH.shape[1] != 2 or not names:
@@ -204,7 +208,11 @@ class TransformCodec:
         )
 
     def _map(self, one: Callable[[int], Any], items: Iterable[int]) -> list[Any]:
-        return [one(item) for item in items] if self._threads is None else list(self._threads.map(one, items))
+        if self._num_threads == 1:
+            return [one(item) for item in items]
+        # Made for this call: it ends, also with an error, when no thread works on the caller's memory any more.
+        with ThreadPoolExecutor(self._num_threads, "learnonce-codec") as threads:
+            return list(threads.map(one, items))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -264,7 +272,7 @@ class OpenTransformChunk:
         kv_bytes, token_bytes, head_bytes = (item * stride for stride in out_2TNH.stride()[:3])
         at, plan = out_2TNH.data_ptr() + exact * token_bytes, plan_of(profile)
         for group in range(profile.groups):
-            data, spans, lut, tables, ids, groups, rows, has_cuts, bands = self._sections(layer, group, num_levels)
+            data, spans, lut, tables, ids, groups, rows, bands = self._sections(layer, group, num_levels)
             code = decode_bands(
                 data,
                 spans,
@@ -273,7 +281,6 @@ class OpenTransformChunk:
                 ids,
                 groups,
                 rows,
-                has_cuts,
                 bands,
                 plan.has_classes,
                 plan.basis,
@@ -305,12 +312,12 @@ class OpenTransformChunk:
         plan = plan_of(self.profile)
         tokens = self.meta.num_tokens - self.layout.num_exact
         found = self._sections(layer, group, num_levels if tokens else 0)
-        data, spans, lut, tables, ids, groups, rows, has_cuts, bands = found
+        data, spans, lut, tables, ids, groups, rows, bands = found
         shapes = [(max(1, int(plan.num_groups[band, num_levels - 1])), tokens, LANES) for band in bands]
         values = (np.zeros(shapes[0], np.int16), np.zeros(shapes[1], np.int16))
         some = [np.empty(padded(tokens), np.int16) if plan.has_classes[band] else _NO_CLASSES for band in bands]
         classes = (some[0], some[1])
-        code = decode_levels(data, spans, lut, tables, ids, groups, rows, has_cuts, bands, values, classes)
+        code = decode_levels(data, spans, lut, tables, ids, groups, rows, bands, values, classes)
         _raise_for(code, layer)
         return (values[0], some[0]), (values[1], some[1])
 
@@ -336,7 +343,6 @@ class OpenTransformChunk:
             plan.class_starts,
             plan.num_groups,
             plan.num_rows,
-            plan.has_cuts,
         )
         return (self._data, spans, *tables, bands)
 
@@ -413,6 +419,9 @@ def _encode_layer(
     """Sections of one layer, by level, K and V, head group."""
     exact = stream.num_exact(meta, profile)
     tokens = meta.num_tokens - exact
+    # Also what is stored exactly: a NaN there would reach every token that attends to it, in each request.
+    if not torch.isfinite(kv_2TNH[:, :exact]).all():
+        raise CodecDataError(f"KV of layer {layer} is not finite")
     if not tokens:
         return [[b""] * (2 * profile.groups)] * num_levels
     # A copy in any case: keys are turned back in place.

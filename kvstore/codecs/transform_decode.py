@@ -4,6 +4,7 @@ Covers: entropy decoding of the levels that are there, the exact inverse transfo
 Does not cover: where sections are (`kvstore.codecs.stream`), threads (`kvstore.codecs.transform`).
 
 A level 0 section: number of escapes u32; escapes (index row * tokens + token u32, value i16); 16 states u32; words u16.
+Escapes stand by row group, the last one first, and within a group by rising index: none stands twice.
 Its symbols: the tokens' classes, where the profile has them (token t on lane t mod 16), then row groups, token by
 token.
 A refinement's section: 16 states u32, words u16.
@@ -24,21 +25,19 @@ from kvstore.codecs.transform_plan import MAX_VALUE
 from kvstore.codecs.transform_vectors import (
     TILE_TOKENS,
     VECTOR,
-    bfloat16_16,
     bfloat16_bits,
-    byte_product,
     copy_bytes,
+    finish_head,
     pack_row,
-    rotate_16,
-    scale_16,
+    product,
 )
 from kvstore.compiled import compiled
 
 BLOCK: Final = 16
 """Tokens that go through the inverse transform at once: their sums stay in the first-level cache."""
 _STATE_BYTES: Final = 4 * LANES
-_ESCAPE_BYTES: Final = 6
-_COUNT_BYTES: Final = 4
+ESCAPE_BYTES: Final = 6
+COUNT_BYTES: Final = 4
 _NUM_CLASSES: Final = 8
 _MIDDLE: Final = 128
 
@@ -48,6 +47,7 @@ ERRORS: Final = {
     2: "a section has too few or too many words",
     3: "a section does not end in its first state",
     4: "an escape or a class is out of bounds",
+    5: "escapes are not in their order",
 }
 """What the codes that `decode_level` returns mean."""
 
@@ -101,11 +101,26 @@ _START: Final = types.Array(types.int32, 1, "C", readonly=True)
 _ROW: Final = types.Array(types.float32, 1, "C", readonly=True)
 
 
+@compiled(types.boolean(_BYTES, types.intp, types.intp, types.intp))
+def escapes_in_order(data: Any, at: int, count: int, tokens: int) -> bool:
+    """Whether `count` escapes at `at` stand as an encoder writes them: two of one place would leave its value open."""
+    before: Any = np.int64(-1)
+    for escape in range(count):
+        index = np.int64(_u32(data, at + ESCAPE_BYTES * escape))
+        group, group_before = index // tokens // LANES, before // tokens // LANES
+        if escape and (group > group_before or (group == group_before and index <= before)):
+            return False
+        before = index
+    return True
+
+
 @compiled(types.intp(_BYTES, types.intp, types.intp, types.intp, types.intp, _VALUES))
 def _apply_escapes(data: Any, at: int, count: int, bound: int, rows: int, values: Any) -> int:
     tokens = values.shape[1]
+    if not escapes_in_order(data, at, count, tokens):
+        return 5
     for escape in range(count):
-        place = at + _ESCAPE_BYTES * escape
+        place = at + ESCAPE_BYTES * escape
         index = np.int64(_u32(data, place))
         value = np.int64(np.int16(np.uint16(data[place + 4]) | np.uint16(data[place + 5]) << np.uint16(8)))
         row = index // tokens
@@ -128,10 +143,10 @@ def _heads(data: Any, spans: Any, is_base: bool, escapes: Any) -> int:
         escapes[kv] = 0
         head: Any = np.int64(0)
         if is_base:
-            if size < _COUNT_BYTES:
+            if size < COUNT_BYTES:
                 return 1
             escapes[kv] = np.int64(_u32(data, spans[kv, 0]))
-            head = _COUNT_BYTES + _ESCAPE_BYTES * escapes[kv]
+            head = COUNT_BYTES + ESCAPE_BYTES * escapes[kv]
         if size < head + _STATE_BYTES or (size - head) % 2:
             return 1
     return 0
@@ -146,7 +161,7 @@ def _decode_classes(lut: Any, class_tables: Any, classes: Any, jobs: Any) -> int
         if len(classes[kv]) == 0:
             continue
         jobs[kv, 4], jobs[kv, 5] = class_tables[kv].ctypes.data, classes[kv].ctypes.data
-        decode_streams(lut.ctypes.data, jobs[kv].ctypes.data, 1, len(classes[kv]) // LANES, False, False)
+        decode_streams(lut.ctypes.data, jobs[kv].ctypes.data, 1, len(classes[kv]) // LANES, False)
         if jobs[kv, 1] > jobs[kv, 2]:
             return 2
         for token in range(len(classes[kv])):
@@ -166,7 +181,6 @@ def _decode_classes(lut: Any, class_tables: Any, classes: Any, jobs: Any) -> int
         _COUNTS,
         types.intp,
         types.boolean,
-        types.boolean,
         types.UniTuple(_VALUES, 2),
         _CLASS_PAIR,
     )
@@ -181,7 +195,6 @@ def decode_level(
     rows: Any,
     missing: int,
     is_base: bool,
-    has_cuts: bool,
     values: Any,
     classes: Any,
 ) -> int:
@@ -191,13 +204,12 @@ def decode_level(
         data: The payload.
         spans: Start and stop of both sections, i64[2, 2].
         lut: Look-up tables.
-        tables: Of both, first entries by row group, context and lane.
+        tables: Of both, by row group, context and lane: see `decode_streams`.
         class_tables: Of both.
         groups: Row groups that are coded, i64[2].
         rows: Rows that may have escapes, i64[2].
         missing: Levels behind this one.
         is_base: Whether this is level 0; another one refines.
-        has_cuts: Whether `tables` are cuts, see `decode_streams`; never at level 0.
         values: Of both, i16[row groups, tokens, 16]; level 0 fills them.
         classes: Of both, in whole steps of 16 tokens, or empty; level 0 fills them.
     """
@@ -209,7 +221,7 @@ def decode_level(
     words, states, jobs = np.empty(room, np.uint32), np.empty((2, LANES), np.uint32), np.empty((2, 6), np.int64)
     at = 0
     for kv in range(2):
-        head = _COUNT_BYTES + _ESCAPE_BYTES * escapes[kv] if is_base else 0
+        head = COUNT_BYTES + ESCAPE_BYTES * escapes[kv] if is_base else 0
         count = _read_words(data, spans[kv, 0] + head, spans[kv, 1], states[kv], words[at:])
         jobs[kv, 0], jobs[kv, 1], jobs[kv, 2] = words.ctypes.data + 4 * at, 0, count
         jobs[kv, 3] = states.ctypes.data + _STATE_BYTES * kv
@@ -226,15 +238,15 @@ def decode_level(
             if group < groups[kv]:
                 jobs[kv, 4], jobs[kv, 5] = tables[kv][group].ctypes.data, values[kv][group].ctypes.data
         if group < both:
-            decode_streams(lut.ctypes.data, jobs.ctypes.data, 2, tokens, not is_base, has_cuts)
+            decode_streams(lut.ctypes.data, jobs.ctypes.data, 2, tokens, not is_base)
         else:
             longer = 0 if groups[0] > both else 1
-            decode_streams(lut.ctypes.data, jobs[longer].ctypes.data, 1, tokens, not is_base, has_cuts)
+            decode_streams(lut.ctypes.data, jobs[longer].ctypes.data, 1, tokens, not is_base)
     for kv in range(2):
         code = _ended(jobs[kv, 1], jobs[kv, 2], states[kv])
         if not code and is_base:
             bound = ((MAX_VALUE + 1) >> missing) - 1
-            code = _apply_escapes(data, spans[kv, 0] + _COUNT_BYTES, escapes[kv], bound, rows[kv], values[kv])
+            code = _apply_escapes(data, spans[kv, 0] + COUNT_BYTES, escapes[kv], bound, rows[kv], values[kv])
         if code:
             return code
     # The loops know only addresses, and numba gives an array back after its last use: this is the last one of words.
@@ -283,57 +295,32 @@ def inverse_block(
     vector_bytes = basis.shape[1] * basis.shape[2]
     out, at_start, columns = sums.ctypes.data, start.ctypes.data, basis.ctypes.data
     vectors = channels // VECTOR
-    byte_product(packed_at, width, columns, vector_bytes, at_start, out, 4 * channels, groups * 4, rounded, vectors)
+    product(True, packed_at, width, columns, vector_bytes, at_start, out, 4 * channels, groups * 4, rounded, vectors)
     if num_cuts:
         _correct(values, first, cuts, num_cuts, basis, sums)
-
-
-@compiled(types.void(types.int32[::1], _ROW, _ROW, types.float32, types.intp, _F32))
-def scale_row(sums: Any, scale: Any, bias: Any, factor: Any, channels: int, out: Any) -> None:
-    """`out = sums * (scale * factor) + bias`, in float32, each operation rounded."""
-    whole = channels // VECTOR * VECTOR
-    at_sums, at_scale, at_bias, at_out = sums.ctypes.data, scale.ctypes.data, bias.ctypes.data, out.ctypes.data
-    for channel in range(0, whole, VECTOR):
-        offset = 4 * channel
-        scale_16(at_sums + offset, at_scale + offset, at_bias + offset, factor, at_out + offset)
-    for channel in range(whole, channels):
-        out[channel] = np.float32(sums[channel]) * (scale[channel] * factor) + bias[channel]
 
 
 @compiled(types.void(_F32, types.intp, types.intp, _ROW, _ROW, types.boolean))
 def rotate_row(row: Any, channels: int, head_dim: int, cosine: Any, sine: Any, is_neox: bool) -> None:
     """Rotate every head of one token, in place, to the position of `cosine` and `sine`."""
     half = len(cosine)
-    whole = half // VECTOR * VECTOR if is_neox else 0
-    at, at_cosine, at_sine = row.ctypes.data, cosine.ctypes.data, sine.ctypes.data
+    step, apart = (1, half) if is_neox else (2, 1)
     for head in range(0, channels, head_dim):
-        for index in range(0, whole, VECTOR):
-            low_at = at + 4 * (head + index)
-            rotate_16(low_at, low_at + 4 * half, at_cosine + 4 * index, at_sine + 4 * index)
-        if whole == half:
-            continue
-        if is_neox:
-            low, high = row[head : head + half], row[head + half : head + 2 * half]
-            for index in range(whole, half):
-                one, other = low[index], high[index]
-                low[index] = one * cosine[index] - other * sine[index]
-                high[index] = other * cosine[index] + one * sine[index]
-        else:
-            for index in range(half):
-                one, other = row[head + 2 * index], row[head + 2 * index + 1]
-                row[head + 2 * index] = one * cosine[index] - other * sine[index]
-                row[head + 2 * index + 1] = other * cosine[index] + one * sine[index]
+        for index in range(half):
+            low = head + step * index
+            one, other = row[low], row[low + apart]
+            row[low] = one * cosine[index] - other * sine[index]
+            row[low + apart] = other * cosine[index] + one * sine[index]
 
 
-@compiled(types.void(_F32, types.uint16[::1]))
-def round_row(row: Any, out: Any) -> None:
-    """Bits of the nearest bfloat16."""
-    whole = len(row) // VECTOR * VECTOR
-    at_row, at_out = row.ctypes.data, out.ctypes.data
-    for index in range(0, whole, VECTOR):
-        bfloat16_16(at_row + 4 * index, at_out + 2 * index)
-    for index in range(whole, len(row)):
-        out[index] = bfloat16_bits(row[index])
+@compiled(types.void(types.int32[::1], _ROW, _ROW, types.float32, types.intp, _ROW, _ROW, types.boolean, _F32))
+def _finish_row(
+    sums: Any, scale: Any, bias: Any, factor: Any, head_dim: int, cosine: Any, sine: Any, is_neox: bool, row: Any
+) -> None:
+    """As `finish_head`, of all heads of one token, for any dimension and order of rotary pairs."""
+    for channel in range(len(row)):
+        row[channel] = np.float32(sums[channel]) * (scale[channel] * factor) + bias[channel]
+    rotate_row(row, len(row), head_dim, cosine, sine, is_neox)
 
 
 _PLACE: Final = types.UniTuple(types.intp, 3)
@@ -386,7 +373,9 @@ def inverse_band(
     sums = np.empty((BLOCK, basis.shape[0] * LANES), np.int32)
     cuts = np.empty(BLOCK * max(1, groups), np.int64)
     row, halves = np.empty(channels, np.float32), np.empty(channels, np.uint16)
-    head_bytes = head_dim * (2 if is_half else 4)
+    half, head_bytes = cosine.shape[1] if is_key else 0, head_dim * (2 if is_half else 4)
+    is_fast = head_dim % VECTOR == 0 and half % VECTOR == 0 and (is_neox or half == 0)
+    at_sums, at_scale, at_bias = sums.ctypes.data, scale.ctypes.data, bias.ctypes.data
     for first in range(0, tokens, BLOCK):
         count = min(BLOCK, tokens - first)
         inverse_block(values, groups, first, count, basis, start, packed, cuts, sums)
@@ -394,13 +383,25 @@ def inverse_band(
             scaled = factor
             if len(classes):
                 scaled = factor * token_scales[classes[first + token]]
-            scale_row(sums[token], scale, bias, scaled, channels, row)
-            if is_key:
-                rotate_row(row, channels, head_dim, cosine[first + token], sine[first + token], is_neox)
+            turn = first + token
+            at = place[0] + (first + token) * place[1]
+            at_cosine, at_sine = cosine[turn].ctypes.data, sine[turn].ctypes.data
+            if is_fast:
+                for head in range(channels // head_dim):
+                    near = 4 * head * head_dim
+                    of_head = at_sums + 4 * token * sums.shape[1] + near
+                    finish_head(
+                        of_head, at_scale + near, at_bias + near, scaled, at_cosine, at_sine, half, head_dim,
+                        at + head * place[2], is_half,
+                    )  # fmt: skip
+                continue
+            _finish_row(
+                sums[token], scale, bias, scaled, head_dim, cosine[turn, :half], sine[turn, :half], is_neox, row
+            )
             source = row.ctypes.data
             if is_half:
-                round_row(row, halves)
+                for channel in range(channels):
+                    halves[channel] = bfloat16_bits(row[channel])
                 source = halves.ctypes.data
-            at = place[0] + (first + token) * place[1]
             for head in range(channels // head_dim):
                 copy_bytes(at + head * place[2], source + head * head_bytes, head_bytes)

@@ -18,11 +18,11 @@ import numpy as np
 from numba import types
 from numpy.typing import NDArray
 
-from kvstore.codecs.profile import Profile, ProfileDataError
+from kvstore.codecs.profile import Profile, ProfileDataError, derived
 from kvstore.codecs.rans import FIRST_STATE
 from kvstore.codecs.rans_vectors import LANES, encode_group
 from kvstore.codecs.transform_plan import MAX_VALUE, Plan, encoder_starts, flat_bands, plan_of
-from kvstore.codecs.transform_vectors import float_product, quantise_16, refinement_16
+from kvstore.codecs.transform_vectors import product, quantise_16, refinement_16
 from kvstore.compiled import compiled
 
 BLOCK: Final = 16
@@ -58,10 +58,7 @@ class Forward:
 
 def forward_of(profile: Profile) -> Forward:
     """The encoder's side of a profile; made at its first use, and kept as long as the profile."""
-    kept: Forward | None = profile.__dict__.get("_forward")
-    if kept is None:
-        kept = profile.__dict__["_forward"] = _build(profile)
-    return kept
+    return derived(profile, _build)
 
 
 def _build(profile: Profile) -> Forward:
@@ -192,7 +189,7 @@ def forward_band(
             source = block.ctypes.data
         columns, width, out = matrix.ctypes.data, 4 * channels * LANES, result.ctypes.data
         at_start, size = start.ctypes.data, 4 * channels
-        float_product(source, size, columns, width, at_start, out, 4 * rows, channels, BLOCK, matrix.shape[0])
+        product(False, source, size, columns, width, at_start, out, 4 * rows, channels, BLOCK, matrix.shape[0])
         for token in range(count):
             inverse = np.float32(1.0)
             if len(classes):

@@ -29,7 +29,6 @@ _LEVELS: Final = (
     types.Array(types.int32, 3, "C", readonly=True),
     _COUNTS_2,
     _COUNTS_2,
-    types.boolean,
     _BANDS,
     types.UniTuple(_VALUES, 2),
     _CLASS_PAIR,
@@ -45,15 +44,14 @@ def decode_levels(
     class_starts: Any,
     num_groups: Any,
     num_rows: Any,
-    has_cuts: bool,
     bands: Any,
     values: Any,
     classes: Any,
 ) -> int:
     """All levels of `spans` i64[V, 2, 2] of K and V of a layer; `OK`, or 8 times the level plus one of `ERRORS`.
 
-    The arrays behind `lut` are a plan's; `bands` are K's and V's place in them. `values` must be zeros; both it and
-    `classes` are as for `decode_level`.
+    The arrays behind `lut` are a plan's; `bands` are K's and V's place in them. `values` must be zeros behind
+    the groups of level 0; both it and `classes` are as for `decode_level`.
     """
     key, value = bands
     num_levels = num_groups.shape[1]
@@ -73,7 +71,6 @@ def decode_levels(
             rows,
             missing,
             level == 0,
-            has_cuts and level > 0,
             values,
             classes,
         )
@@ -109,7 +106,6 @@ def decode_bands(
     class_starts: Any,
     num_groups: Any,
     num_rows: Any,
-    has_cuts: bool,
     bands: Any,
     has_classes: Any,
     basis: Any,
@@ -134,16 +130,17 @@ def decode_bands(
     tokens, level = cosine.shape[0], spans.shape[0] - 1
     room = (tokens + LANES - 1) // LANES * LANES
     values = (
-        np.zeros((max(1, num_groups[bands[0], level]), tokens, LANES), np.int16),
-        np.zeros((max(1, num_groups[bands[1], level]), tokens, LANES), np.int16),
+        np.empty((max(1, num_groups[bands[0], level]), tokens, LANES), np.int16),
+        np.empty((max(1, num_groups[bands[1], level]), tokens, LANES), np.int16),
     )
+    for kv in range(2):
+        # Level 0 fills its own groups.
+        values[kv][num_groups[bands[kv], 0] :] = 0
     classes = (
         np.empty(room if has_classes[bands[0]] else 0, np.int16),
         np.empty(room if has_classes[bands[1]] else 0, np.int16),
     )
-    code = decode_levels(
-        data, spans, lut, table_starts, class_starts, num_groups, num_rows, has_cuts, bands, values, classes
-    )
+    code = decode_levels(data, spans, lut, table_starts, class_starts, num_groups, num_rows, bands, values, classes)
     if code:
         return code
     factor = np.float32(1 << num_groups.shape[1] - 1 - level)

@@ -12,7 +12,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from kvstore.codecs.profile import FREQUENCY_SUM, NUM_CONTEXTS, Band, Profile
+from kvstore.codecs.profile import FREQUENCY_SUM, NUM_CONTEXTS, Band, Profile, derived
 from kvstore.codecs.rans import ENCODER_ENTRIES, CoderTables, coder_tables
 from kvstore.codecs.rans_vectors import LANES
 
@@ -31,9 +31,8 @@ class Plan:
     table_ids: NDArray[np.int32]
     """`[W, V, row group, context, lane]`; lanes without a row have the last table."""
     table_starts: NDArray[np.int32]
-    """First look-up entries of those tables; at refinements their cuts, where `has_cuts`."""
-    has_cuts: bool
-    """Whether all tables of refinements code -1, 0 and 1 only: then two slots say all about a table."""
+    """At level 0, first look-up entries of those tables; at refinements, which code -1, 0 and 1 only, where 0 begins
+    in a table, and 1 (16 bits above)."""
     class_ids: NDArray[np.int32]
     """`[W, context, lane]`: one table, repeated."""
     class_starts: NDArray[np.int32]
@@ -58,12 +57,7 @@ def padded(count: int) -> int:
 
 def plan_of(profile: Profile) -> Plan:
     """The plan of a profile; made at its first use, and kept as long as the profile."""
-    kept: Plan | None = profile.__dict__.get("_plan")
-    if kept is None:
-        kept = _build(profile)
-        # Frozen for readers; two threads at most build it twice.
-        profile.__dict__["_plan"] = kept
-    return kept
+    return derived(profile, _build)
 
 
 def flat_bands(profile: Profile) -> list[Band]:
@@ -98,16 +92,12 @@ def _build(profile: Profile) -> Plan:
     by_group = ids.reshape(len(bands), levels, rows // LANES, LANES, NUM_CONTEXTS).transpose(0, 1, 2, 4, 3)
     table_ids = np.ascontiguousarray(by_group)
     table_starts = table_ids * np.int32(FREQUENCY_SUM)
-    cuts = _cuts(profile.frequencies_KS)
-    has_cuts = bool((cuts[table_ids[:, 1:]] >= 0).all())
-    if has_cuts:
-        table_starts[:, 1:] = cuts[table_ids[:, 1:]]
+    table_starts[:, 1:] = _cuts(profile.frequencies_KS)[table_ids[:, 1:]]
     return Plan(
         num_channels=profile.num_channels,
         tables=tables,
         table_ids=table_ids,
         table_starts=table_starts,
-        has_cuts=has_cuts,
         class_ids=class_ids,
         class_starts=class_ids * np.int32(FREQUENCY_SUM),
         has_classes=np.array([band.class_table is not None for band in bands]),
@@ -122,11 +112,10 @@ def _build(profile: Profile) -> Plan:
 
 
 def _cuts(frequencies_KS: NDArray[np.uint16]) -> NDArray[np.int32]:
-    """Where 0 begins, and 1 (16 bits above), of each table and of the one for nobody; -1: it codes more than that."""
+    """Where 0 begins, and 1 (16 bits above), of each table that codes nothing else, and of the one for nobody."""
     zero = frequencies_KS.shape[1] // 2
-    minus, none, plus = (frequencies_KS[:, zero + value].astype(np.int32) for value in (-1, 0, 1))
-    cuts = np.where(minus + none + plus == FREQUENCY_SUM, minus | minus + none << 16, -1)
-    return np.append(cuts, FREQUENCY_SUM << 16).astype(np.int32)
+    minus, none = (frequencies_KS[:, zero + value].astype(np.int32) for value in (-1, 0))
+    return np.append(minus | minus + none << 16, FREQUENCY_SUM << 16).astype(np.int32)
 
 
 def encoder_starts(ids: NDArray[np.int32]) -> NDArray[np.int32]:

@@ -7,6 +7,8 @@ A product is `accumulator[8, V * 16] = start[V * 16] + a[8, k] @ b[k, V * 16]`, 
 or four unsigned bytes. `b` is stored by vectors of 16 columns: `[V, k, 16 columns, 4 bytes]`.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Final
 
 import llvmlite.binding as llvm
@@ -129,78 +131,59 @@ _TILE_TYPES: Final = (
 )
 
 
-@intrinsic
-def _bytes_wide(
-    _context: Any, a: Any, a_bytes: Any, b: Any, b_bytes: Any, start: Any, out: Any, out_bytes: Any, k: Any
-) -> Any:
-    del a, a_bytes, b, b_bytes, start, out, out_bytes, k
-    return types.void(*_TILE_TYPES), _tile(_V32, _TILE_VECTORS, _byte_products)
+def _tile_of(kind: Any, vectors: int, products: Any) -> Any:
+    """A tile as a function that compiled code calls."""
+
+    @intrinsic
+    def tile(
+        _context: Any, a: Any, a_bytes: Any, b: Any, b_bytes: Any, start: Any, out: Any, out_bytes: Any, k: Any
+    ) -> Any:
+        del a, a_bytes, b, b_bytes, start, out, out_bytes, k
+        return types.void(*_TILE_TYPES), _tile(kind, vectors, products)
+
+    return tile
 
 
-@intrinsic
-def _bytes_narrow(
-    _context: Any, a: Any, a_bytes: Any, b: Any, b_bytes: Any, start: Any, out: Any, out_bytes: Any, k: Any
-) -> Any:
-    del a, a_bytes, b, b_bytes, start, out, out_bytes, k
-    return types.void(*_TILE_TYPES), _tile(_V32, 1, _byte_products)
+_bytes_wide, _bytes_narrow = (_tile_of(_V32, vectors, _byte_products) for vectors in (_TILE_VECTORS, 1))
+_floats_wide, _floats_narrow = (_tile_of(_VF, vectors, _float_products) for vectors in (_TILE_VECTORS, 1))
 
 
-@intrinsic
-def _floats_wide(
-    _context: Any, a: Any, a_bytes: Any, b: Any, b_bytes: Any, start: Any, out: Any, out_bytes: Any, k: Any
-) -> Any:
-    del a, a_bytes, b, b_bytes, start, out, out_bytes, k
-    return types.void(*_TILE_TYPES), _tile(_VF, _TILE_VECTORS, _float_products)
-
-
-@intrinsic
-def _floats_narrow(
-    _context: Any, a: Any, a_bytes: Any, b: Any, b_bytes: Any, start: Any, out: Any, out_bytes: Any, k: Any
-) -> Any:
-    del a, a_bytes, b, b_bytes, start, out, out_bytes, k
-    return types.void(*_TILE_TYPES), _tile(_VF, 1, _float_products)
-
-
-_PRODUCT: Final = "void(uintp, intp, uintp, intp, uintp, uintp, intp, intp, intp, intp)"
-
-
-@compiled(_PRODUCT)
-def byte_product(
-    a: int, a_bytes: int, b: int, b_bytes: int, start: int, out: int, out_bytes: int, k: int, tokens: int, vectors: int
+@compiled("void(boolean, uintp, intp, uintp, intp, uintp, uintp, intp, intp, intp, intp)")
+def product(
+    is_bytes: bool,
+    a: int,
+    a_bytes: int,
+    b: int,
+    b_bytes: int,
+    start: int,
+    out: int,
+    out_bytes: int,
+    k: int,
+    tokens: int,
+    vectors: int,
 ) -> None:
-    """`out[tokens, vectors * 16] = start + a @ b` in exact 32-bit integers; tokens a multiple of 8, k > 0.
+    """`out[tokens, vectors * 16] = start + a @ b`; tokens a multiple of 8, k > 0.
 
-    Addresses, and bytes from row to row: `a` u8[tokens, 4 * k], `b` i8[vectors, k, 16, 4], `start` i32[vectors * 16],
-    `out` i32[tokens, vectors * 16].
+    Addresses, and bytes from row to row. Of bytes, in exact 32-bit integers: `a` u8[tokens, 4 * k], `b`
+    i8[vectors, k, 16, 4], `start` i32[vectors * 16], `out` i32[tokens, vectors * 16]. Else of floats: `a`
+    f32[tokens, k], `b` f32[vectors, k, 16], the others f32.
     """
     for token in range(0, tokens, TILE_TOKENS):
         row, target = a + token * a_bytes, out + token * out_bytes
         vector = 0
-        while vector + _TILE_VECTORS <= vectors:
-            at = vector * 64
-            _bytes_wide(row, a_bytes, b + vector * b_bytes, b_bytes, start + at, target + at, out_bytes, k)
-            vector += _TILE_VECTORS
         while vector < vectors:
-            at = vector * 64
-            _bytes_narrow(row, a_bytes, b + vector * b_bytes, b_bytes, start + at, target + at, out_bytes, k)
-            vector += 1
-
-
-@compiled(_PRODUCT)
-def float_product(
-    a: int, a_bytes: int, b: int, b_bytes: int, start: int, out: int, out_bytes: int, k: int, tokens: int, vectors: int
-) -> None:
-    """As `byte_product`, in floats: `a` f32[tokens, k], `b` f32[vectors, k, 16]; tokens a multiple of 8."""
-    for token in range(0, tokens, TILE_TOKENS):
-        row, target = a + token * a_bytes, out + token * out_bytes
-        vector = 0
-        while vector + _TILE_VECTORS <= vectors:
-            at = vector * 64
-            _floats_wide(row, a_bytes, b + vector * b_bytes, b_bytes, start + at, target + at, out_bytes, k)
-            vector += _TILE_VECTORS
-        while vector < vectors:
-            at = vector * 64
-            _floats_narrow(row, a_bytes, b + vector * b_bytes, b_bytes, start + at, target + at, out_bytes, k)
+            columns, at = b + vector * b_bytes, vector * _BYTES
+            if vector + _TILE_VECTORS <= vectors:
+                if is_bytes:
+                    _bytes_wide(row, a_bytes, columns, b_bytes, start + at, target + at, out_bytes, k)
+                else:
+                    _floats_wide(row, a_bytes, columns, b_bytes, start + at, target + at, out_bytes, k)
+                vector += _TILE_VECTORS
+                continue
+            if is_bytes:
+                _bytes_narrow(row, a_bytes, columns, b_bytes, start + at, target + at, out_bytes, k)
+            else:
+                _floats_narrow(row, a_bytes, columns, b_bytes, start + at, target + at, out_bytes, k)
             vector += 1
 
 
@@ -239,9 +222,14 @@ def bfloat16_bits(_context: Any, value: Any) -> Any:
 
 
 def _emit_bfloat16(_context: Any, b: Any, _signature: Any, args: Any) -> Any:
-    bits = b.bitcast(args[0], _I32)
-    odd = b.and_(b.lshr(bits, _I32(16)), _I32(1))
-    return b.trunc(b.lshr(b.add(b.add(bits, _I32(0x7FFF)), odd), _I32(16)), _I16)
+    return _rounded(b, args[0], _I32, wide=_I32, narrow=_I16)
+
+
+def _rounded(b: Any, value: Any, constant: Callable[[int], Any], *, wide: Any, narrow: Any) -> Any:
+    """Bits of the bfloat16 nearest to finite float32, ties to even; one or a vector of them."""
+    bits = b.bitcast(value, wide)
+    odd = b.and_(b.lshr(bits, constant(16)), constant(1))
+    return b.trunc(b.lshr(b.add(b.add(bits, constant(0x7FFF)), odd), constant(16)), narrow)
 
 
 @intrinsic
@@ -294,50 +282,91 @@ def _emit_refinement(context: Any, b: Any, _signature: Any, args: Any) -> Any:
     return context.get_dummy_value()
 
 
-@intrinsic
-def rotate_16(_context: Any, low: Any, high: Any, cosine: Any, sine: Any) -> Any:
-    """Rotate 16 pairs of float32 in place, at addresses; separate products and sums, nothing fused."""
-    del low, high, cosine, sine
-    return types.void(*[types.uintp] * 4), _emit_rotate
+def _finish_of(*, is_half: bool) -> tuple[Any, Any]:
+    """Two ways from 16 (or 2 * 16) sums to values at addresses, in bfloat16 or float32; each operation is rounded.
+
+    One vector: `sums * (scale * factor) + bias`. Two of them, `apart` channels from each other, rotated with the same
+    cosines and sines: separate products and sums, nothing fused.
+    """
+
+    @intrinsic
+    def one(_context: Any, sums: Any, scale: Any, bias: Any, factor: Any, out: Any) -> Any:
+        del sums, scale, bias, factor, out
+        return types.void(*[types.uintp] * 3, types.float32, types.uintp), emit_one
+
+    def emit_one(context: Any, b: Any, _signature: Any, args: Any) -> Any:
+        *places, factor, out = args
+        _store_rounded(b, _scaled(b, places, factor, _I64(0)), out, is_half=is_half)
+        return context.get_dummy_value()
+
+    @intrinsic
+    def pair(
+        _context: Any, sums: Any, scale: Any, bias: Any, factor: Any, cosine: Any, sine: Any, apart: Any, out: Any
+    ) -> Any:
+        del sums, scale, bias, factor, cosine, sine, apart, out
+        return types.void(*[types.uintp] * 3, types.float32, *[types.uintp] * 2, types.intp, types.uintp), emit_pair
+
+    def emit_pair(context: Any, b: Any, _signature: Any, args: Any) -> Any:
+        *places, factor, cosine_at, sine_at, apart, out = args
+        low, high = (_scaled(b, places, factor, offset) for offset in (_I64(0), b.mul(apart, _I64(4))))
+        cosine, sine = (b.load(b.inttoptr(each, _PTR), align=4, typ=_VF) for each in (cosine_at, sine_at))
+        _store_rounded(b, b.fsub(b.fmul(low, cosine), b.fmul(high, sine)), out, is_half=is_half)
+        high_out = b.add(out, b.mul(apart, _I64(2 if is_half else 4)))
+        _store_rounded(b, b.fadd(b.fmul(high, cosine), b.fmul(low, sine)), high_out, is_half=is_half)
+        return context.get_dummy_value()
+
+    return one, pair
 
 
-def _emit_rotate(context: Any, b: Any, _signature: Any, args: Any) -> Any:
-    places = [b.inttoptr(address, _PTR) for address in args]
-    low, high, cosine, sine = (b.load(place, align=4, typ=_VF) for place in places)
-    b.store(b.fsub(b.fmul(low, cosine), b.fmul(high, sine)), places[0], align=4)
-    b.store(b.fadd(b.fmul(high, cosine), b.fmul(low, sine)), places[1], align=4)
-    return context.get_dummy_value()
+def _scaled(b: Any, places: Any, factor: Any, offset: Any) -> Any:
+    """16 channels in float32, from the addresses of sums, scale and bias."""
+    sums_at, *rest = (b.inttoptr(b.add(place, offset), _PTR) for place in places)
+    total = b.sitofp(b.load(sums_at, align=4, typ=_V32), _VF)
+    scale, bias = (b.load(place, align=4, typ=_VF) for place in rest)
+    return b.fadd(b.fmul(total, b.fmul(scale, _splat(b, factor, _VF))), bias)
 
 
-@intrinsic
-def scale_16(_context: Any, sums: Any, scale: Any, bias: Any, factor: Any, out: Any) -> Any:
-    """`out = sums * (scale * factor) + bias` of 16 channels at addresses, in float32, each operation rounded."""
-    del sums, scale, bias, factor, out
-    return types.void(types.uintp, types.uintp, types.uintp, types.float32, types.uintp), _emit_scale
+def _store_rounded(b: Any, value: Any, out: Any, *, is_half: bool) -> None:
+    """16 finite float32 as they are, or as the nearest bfloat16, ties to even."""
+    if is_half:
+        value = _rounded(b, value, partial(_constants, _V32), wide=_V32, narrow=_V16)
+    b.store(value, b.inttoptr(out, _PTR), align=2 if is_half else 4)
 
 
-def _emit_scale(context: Any, b: Any, _signature: Any, args: Any) -> Any:
-    sums, scale, bias, factor, out = args
-    total = b.sitofp(b.load(b.inttoptr(sums, _PTR), align=4, typ=_V32), _VF)
-    scale, bias = (b.load(b.inttoptr(each, _PTR), align=4, typ=_VF) for each in (scale, bias))
-    value = b.fadd(b.fmul(total, b.fmul(scale, _splat(b, factor, _VF))), bias)
-    b.store(value, b.inttoptr(out, _PTR), align=4)
-    return context.get_dummy_value()
+_one_half, _pair_half = _finish_of(is_half=True)
+_one_single, _pair_single = _finish_of(is_half=False)
 
 
-@intrinsic
-def bfloat16_16(_context: Any, values: Any, out: Any) -> Any:
-    """16 finite float32 at an address, rounded to bfloat16 (ties to even), at another one."""
-    del values, out
-    return types.void(types.uintp, types.uintp), _emit_bfloat16_16
+@compiled("void(uintp, uintp, uintp, float32, uintp, uintp, intp, intp, uintp, boolean)")
+def finish_head(
+    sums: int,
+    scale: int,
+    bias: int,
+    factor: float,
+    cosine: int,
+    sine: int,
+    half: int,
+    dim: int,
+    out: int,
+    is_half: bool,
+) -> None:
+    """Sums of one head's `dim` channels to values in bfloat16 (`is_half`) or float32, all at addresses.
 
-
-def _emit_bfloat16_16(context: Any, b: Any, _signature: Any, args: Any) -> Any:
-    bits = b.load(b.inttoptr(args[0], _PTR), align=4, typ=_V32)
-    odd = b.and_(b.lshr(bits, _constants(_V32, 16)), _constants(_V32, 1))
-    rounded = b.lshr(b.add(b.add(bits, _constants(_V32, 0x7FFF)), odd), _constants(_V32, 16))
-    b.store(b.trunc(rounded, _V16), b.inttoptr(args[1], _PTR), align=2)
-    return context.get_dummy_value()
+    The first `2 * half` channels are rotated, halves apart; 0: none. Both numbers are multiples of 16.
+    """
+    item = 2 if is_half else 4
+    for channel in range(0, half, VECTOR):
+        at, to = 4 * channel, out + item * channel
+        if is_half:
+            _pair_half(sums + at, scale + at, bias + at, factor, cosine + at, sine + at, half, to)
+        else:
+            _pair_single(sums + at, scale + at, bias + at, factor, cosine + at, sine + at, half, to)
+    for channel in range(2 * half, dim, VECTOR):
+        at, to = 4 * channel, out + item * channel
+        if is_half:
+            _one_half(sums + at, scale + at, bias + at, factor, to)
+        else:
+            _one_single(sums + at, scale + at, bias + at, factor, to)
 
 
 @intrinsic

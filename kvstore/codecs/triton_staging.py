@@ -19,14 +19,15 @@ from kvstore.codecs.profile import Profile
 from kvstore.codecs.rans_vectors import LANES
 from kvstore.codecs.raw import DTYPES, CodecDataError
 from kvstore.codecs.stream import Layout, checksum, read_header
+from kvstore.codecs.transform_decode import COUNT_BYTES, ESCAPE_BYTES, escapes_in_order
 from kvstore.codecs.transform_plan import MAX_VALUE, flat_bands, padded, rotary_tables
 from kvstore.codecs.triton_tables import pair_columns
 from kvstore.interfaces import ChunkMeta
 
 SECTION_FIELDS: Final = 13
 _STATE_WORDS: Final = 2 * LANES
-_COUNT_WORDS: Final = 2
-_ESCAPE_WORDS: Final = 3
+_COUNT_WORDS: Final = COUNT_BYTES // 2
+_ESCAPE_WORDS: Final = ESCAPE_BYTES // 2
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -179,6 +180,10 @@ def _sections(
     fields[:, 1] = length - before - _STATE_WORDS
     if (fields[:, 1] < 0).any():
         raise CodecDataError(f"a section of level {level} is too short for what it says it holds")
+    for section in np.flatnonzero(fields[:, 10]):
+        # Two escapes of one place would be written at once.
+        if not escapes_in_order(chunk.payload, starts[section] + COUNT_BYTES, fields[section, 10], chunk.num_coded):
+            raise CodecDataError("escapes are not in their order")
     return words, fields
 
 

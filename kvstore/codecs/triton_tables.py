@@ -13,11 +13,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from cluster.errors import CallerError
 from kvstore.codecs.profile import NUM_CONTEXTS, Profile
 from kvstore.codecs.rans import coder_tables
 
 ROW_STEP: Final = 64
 """Rows of one step of the inverse transform; rows are padded to a multiple of it, with zeros."""
+
+
+class OddHeadError(CallerError):
+    """A profile of a model whose heads have an odd number of channels; they are decoded on the CPU."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -45,7 +50,15 @@ def tables_of(profile: Profile, *, device: torch.device) -> Tables:
 
     Cost:
         C * R bytes for each band: 67 MB for Llama-3-8B with one head group.
+
+    Raises:
+        OddHeadError: The kernels take channels in pairs, and one would be left.
     """
+    if profile.head_dim % 2:
+        raise OddHeadError(
+            f"profile {profile.id[:12]} is for heads of {profile.head_dim} channels; a GPU decodes even numbers only: "
+            "use kvstore.codecs.transform"
+        )
     bands = [band for layer in profile.bands for pair in layer for band in pair]
     most_rows = max(1, *(band.rows_per_level[-1] for band in bands))
     row_pitch = most_rows + -most_rows % ROW_STEP

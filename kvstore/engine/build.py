@@ -30,6 +30,7 @@ _NATIVE_BF16_FLAGS: Final = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 _CONNECTOR: Final = "LearnonceConnector"
 _CONNECTOR_MODULE: Final = "kvstore.engine.connector"
 _EXECUTOR: Final = "kvstore.engine.executor.InProcessExecutor"
+_EXTENSION: Final = "kvstore.engine.extension.JoinExtension"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,6 +200,7 @@ def _arguments(settings: EngineSettings, plan: ResolvedEngine, *, model: str) ->
         "enable_prefix_caching": True,
         "enable_chunked_prefill": True,
         "disable_log_stats": False,
+        "worker_extension_cls": _EXTENSION,
     }
     optional = {
         "max_model_len": settings.max_model_len,

@@ -22,7 +22,15 @@ from kvstore.codecs import TRANSFORM, ProfileMissingError, codec_by_name, codec_
 from kvstore.codecs.controller import Path, choose_form
 from kvstore.codecs.profile import Profile
 from kvstore.engine.params import Handoff
-from kvstore.engine.profiles import MAX_KEPT, ProfileShelf, load_profile, misfit, shipped_profiles
+from kvstore.engine.profiles import (
+    MAX_KEPT,
+    ProfileShelf,
+    Weights,
+    is_made_for,
+    load_profile,
+    misfit,
+    shipped_profiles,
+)
 from kvstore.engine.settings import ConnectorSettings
 from kvstore.engine.speeds import SpeedMeter
 from kvstore.interfaces import ChunkMeta
@@ -116,6 +124,7 @@ class Coding:
         shelf: Profiles of others.
         meter: Speeds, for hand-overs.
         model: A chunk's metadata of this engine: which shape a profile must have.
+        weights: On which it must have been measured.
 
     Raises:
         SettingsError: The settings cannot be carried out for this model; the message says what to change.
@@ -128,6 +137,7 @@ class Coding:
         shelf: ProfileShelf,
         meter: SpeedMeter,
         model: ChunkMeta,
+        weights: Weights,
         layered: Mapping[str, Callable[[Profile], ChunkFormat]] | None = None,
     ) -> None:
         self._settings = settings
@@ -139,8 +149,10 @@ class Coding:
         self._is_layered = settings.codec in self._layered
         if not self._is_layered:
             check_codec(settings.codec)
-        self._own = own_profile(settings, model) if self._is_layered else None
-        self._model = model
+        self._own = own_profile(settings, model, weights) if self._is_layered else None
+        self._awaited = settings.profile if self._is_layered and self._own is None else None
+        """Id of a profile that chunks are to be stored with, once the store has it."""
+        self._model, self._weights = model, weights
         if self._own is not None:
             shelf.add(self._own)
             # Now, and not when the first chunk is saved: code is compiled.
@@ -199,7 +211,7 @@ class Coding:
             self._shelf.publish(form.profile, deadline_s=_PROFILE_S)
 
     def format_of(self, meta: ChunkMeta, *, deadline_s: float) -> ChunkFormat | None:
-        """How to read a chunk while it arrives; None: only when it is whole, with `decode`.
+        """How to read a chunk while it arrives; None: only when it is whole.
 
         Raises:
             ProfileMissingError: Its profile is neither here nor in the store.
@@ -215,9 +227,17 @@ class Coding:
             raise CodecMismatchError(reason)
         return self._format(meta.codec, profile)
 
-    def decode(self, payload: memoryview, *, meta: ChunkMeta) -> torch.Tensor:
-        """KV of a whole chunk; see `Codec.decode`."""
-        return codec_by_name(meta.codec).decode(payload, meta=meta)
+    def raw_kv(self, payload: memoryview, *, meta: ChunkMeta) -> torch.Tensor:
+        """KV of a chunk that is not coded: a view of the payload, valid while that is.
+
+        Raises:
+            DataError: The payload is not what `meta` says.
+        """
+        return codec_by_name("raw").decode(payload, meta=meta)
+
+    def decode_layers(self, payload: memoryview, *, meta: ChunkMeta, layers: range, out: torch.Tensor) -> None:
+        """Some layers of a whole chunk; see `Codec.decode_layers`. Safe for several threads."""
+        codec_by_name(meta.codec).decode_layers(payload, meta=meta, layers=layers, out=out)
 
     def _format(self, name: str, profile: Profile) -> ChunkFormat:
         key = (name, profile.id)
@@ -230,13 +250,20 @@ class Coding:
             return found
 
     def _writing_profile(self) -> Profile | None:
-        if self._own is None and self._settings.profile is not None:
-            found = self._shelf.find(self._settings.profile, deadline_s=_PROFILE_S)
-            if found is not None and (reason := _misfit(found, self._model)):
+        if self._awaited is None:
+            return self._own
+        found = self._shelf.find(self._awaited, deadline_s=_PROFILE_S)
+        with self._lock:
+            if found is None or self._awaited is None:
+                return self._own
+            # One look is enough: what an id names does not change.
+            self._awaited = None
+            if reason := _misfit(found, self._model):
                 logger.error("event=profile_misfit reason=%r", reason)
-                found = None
-            self._own = found
-        return self._own
+            else:
+                _warn_of_others(found, self._weights)
+                self._own = found
+            return self._own
 
     def _handed_over(self, meta: ChunkMeta, coded: Form, *, path: Path) -> Form:
         """Raw, or a level that suits the link."""
@@ -254,8 +281,13 @@ class Coding:
         return replace(coded, level=level) if coded.profile is not None else coded
 
 
-def check_coding(settings: ConnectorSettings, scope: KvScope) -> None:
+def check_coding(settings: ConnectorSettings, scope: KvScope, *, weights: Weights) -> None:
     """Refuse settings that cannot be carried out for a model, before anything is served.
+
+    Args:
+        settings: What is asked for.
+        scope: The engine's.
+        weights: The engine's.
 
     Raises:
         SettingsError: The message says what to change.
@@ -271,7 +303,7 @@ def check_coding(settings: ConnectorSettings, scope: KvScope) -> None:
         dtype=scope.kv_dtype,
         base_position=0,
     )
-    own_profile(settings, model)
+    own_profile(settings, model, weights)
 
 
 def check_codec(name: str) -> None:
@@ -287,32 +319,53 @@ def check_codec(name: str) -> None:
         raise SettingsError(f"engine.connector.codec: {name!r} cannot be used, choose one of {known}") from error
 
 
-def own_profile(settings: ConnectorSettings, model: ChunkMeta) -> Profile | None:
+def own_profile(settings: ConnectorSettings, model: ChunkMeta, weights: Weights) -> Profile | None:
     """The profile that chunks are stored with; None if it is still to be had from the store.
 
     Raises:
         SettingsError: There is none, or it does not fit the model; the message says what to do.
     """
+    profile = _shipped_profile(settings, model, weights) if settings.profile is None else load_profile(settings.profile)
+    if profile is None:
+        return None
     if settings.profile is not None:
-        profile = load_profile(settings.profile)
-        if profile is not None and (reason := _misfit(profile, model)):
+        if reason := _misfit(profile, model):
             raise SettingsError(f"engine.connector.profile: {reason}")
-    else:
-        profile = next((shipped for shipped in shipped_profiles() if _misfit(shipped, model) is None), None)
-        if profile is None:
-            raise SettingsError(
-                f"engine.connector.codec is {settings.codec!r}, and no profile ships for a model of "
-                f"{model.num_layers} layers with {model.num_kv_heads} KV heads x {model.head_dim}: make one with "
-                "`learnonce calibrate` and name it in engine.connector.profile"
-            )
-        # By shape alone: the engine does not tell whose weights it runs.
-        logger.info("event=profile_chosen profile=%s made_for=%r", profile.id[:12], profile.model)
-    if profile is not None and settings.level != "auto" and settings.level >= profile.num_levels:
+        _warn_of_others(profile, weights)
+    if settings.level != "auto" and settings.level >= profile.num_levels:
         raise SettingsError(
             f"engine.connector.level is {settings.level}, profile {profile.id[:12]} has levels 0 to "
             f"{profile.num_levels - 1}"
         )
     return profile
+
+
+def _shipped_profile(settings: ConnectorSettings, model: ChunkMeta, weights: Weights) -> Profile:
+    """The shipped profile that was measured on these weights."""
+    fitting = [shipped for shipped in shipped_profiles() if _misfit(shipped, model) is None]
+    for profile in fitting:
+        if is_made_for(profile, weights):
+            logger.info("event=profile_chosen profile=%s made_for=%r", profile.id[:12], profile.model)
+            return profile
+    if fitting:
+        raise SettingsError(
+            f"engine.connector.codec is {settings.codec!r}, and the shipped profile of this shape was made for other "
+            f"weights ({fitting[0].model!r}) than those of {weights.name!r}: make one with `learnonce calibrate`, or "
+            f"set engine.connector.profile to {fitting[0].id!r} to use it all the same"
+        )
+    raise SettingsError(
+        f"engine.connector.codec is {settings.codec!r}, and no profile ships for a model of "
+        f"{model.num_layers} layers with {model.num_kv_heads} KV heads x {model.head_dim}: make one with "
+        "`learnonce calibrate` and name it in engine.connector.profile"
+    )
+
+
+def _warn_of_others(profile: Profile, weights: Weights) -> None:
+    if not is_made_for(profile, weights):
+        logger.warning(
+            "event=profile_of_other_weights profile=%s made_for=%r model=%r: quality was not measured for this pair",
+            *(profile.id[:12], profile.model, weights.name),
+        )
 
 
 def _misfit(profile: Profile, model: ChunkMeta) -> str | None:

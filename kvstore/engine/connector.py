@@ -18,9 +18,10 @@ from typing import Any, TypeVar, cast
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorMetadata, KVConnectorRole
 
 from kvstore.engine.guard import exit_with_parent
-from kvstore.engine.metadata import StepPlan
+from kvstore.engine.metadata import JoinReport, StepPlan
 from kvstore.engine.ops import StepOps
 from kvstore.engine.scheduler_side import ScheduledRequest, SchedulerSide
+from kvstore.engine.scope import engine_weights
 from kvstore.engine.settings import ConnectorSettings
 from kvstore.engine.stats import LearnoncePromMetrics, LearnonceStats
 from kvstore.engine.support import refusal_of_layout, refusal_of_request
@@ -115,6 +116,13 @@ class LearnonceConnector(KVConnectorBase_V1):
 
         return self.scheduler.take_step(_scheduled(scheduler_output), blocks_of=blocks_of)
 
+    @_guarded(lambda: None)
+    def update_connector_output(self, connector_output: Any) -> None:
+        """What the worker half reports about a step."""
+        report = connector_output.kv_connector_worker_meta
+        if self.scheduler is not None and isinstance(report, JoinReport):
+            self.scheduler.joins_ended(report.reused)
+
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """A request is done or aborted; its blocks are free at once."""
         if self.scheduler is not None:
@@ -130,9 +138,16 @@ class LearnonceConnector(KVConnectorBase_V1):
             return
         modules = self._vllm_config.compilation_config.static_forward_context
         layers = [modules[name] for name in self._kv_cache_config.kv_cache_groups[0].layer_names]
-        self.refusal = self.worker.register(layers)
+        self.refusal = self.worker.register(layers, weights=engine_weights(self._vllm_config))
         if self.refusal is not None:
             logger.warning("event=kv_reuse_off reason=%r", self.refusal)
+
+    @_guarded(lambda: "an error, see the engine's log")
+    def allow_joins(self, runner: Any) -> str | None:
+        """The engine has started: its model may be run for joins. Why it cannot, or None."""
+        if self.worker is None or self.refusal is not None:
+            return self.refusal or "not a worker"
+        return self.worker.allow_joins(runner)
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         """A step begins, with its operations."""
@@ -174,6 +189,12 @@ class LearnonceConnector(KVConnectorBase_V1):
     def get_block_ids_with_load_errors(self) -> set[int]:
         """Blocks that must be computed after all."""
         return self.worker.take_bad_blocks() if self.worker is not None else set()
+
+    @_guarded(lambda: None)
+    def build_connector_worker_meta(self) -> JoinReport | None:
+        """How much of what was loaded the joins that are over kept."""
+        reused = self.worker.take_reused() if self.worker is not None else {}
+        return JoinReport(reused) if reused else None
 
     @_guarded(lambda: None)
     def shutdown(self) -> None:

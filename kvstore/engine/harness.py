@@ -1,9 +1,10 @@
-"""A real engine in a process of its own, driven over pipes: for measurements across processes.
+"""A real engine in a process of its own, driven over pipes: for tests and measurements across processes.
 
 Covers: starting an engine exactly as a worker does (environment, arguments, `AsyncLLM`), asking it, its counters.
 Does not cover: HTTP, plans, Ray (`*_workers`).
 
-Parent and child exchange one JSON object per line. The child is `python -m kvstore.engine.harness`.
+Parent and child exchange one JSON object per line. The child of `EngineChild` is `python -m kvstore.engine.harness`;
+whoever wants to ask other things has a module of its own that calls `run_child`.
 """
 
 import asyncio
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -33,6 +34,10 @@ _START_S: Final = 240.0
 _ASK_S: Final = 300.0
 
 
+Answering = Callable[[Any], Awaitable[Any]]
+"""Answers one question, both of JSON."""
+
+
 class EngineGoneError(UnavailableError):
     """The engine's process ended, or did not answer in time."""
 
@@ -48,36 +53,56 @@ class Answered(msgspec.Struct, frozen=True, kw_only=True):
     """Of the first token: the likeliest ones by token id, as many as were asked for."""
 
 
-class EngineChild:
-    """One engine; use as a context manager. It binds all cores of this machine, as the only replica would.
+class EnginePipe:
+    """An engine's process and the pipes to it; use as a context manager.
 
     Args:
+        module: What the process runs: its main calls `run_child`.
         settings: The engine.
         store_socket: Unix socket of a node store.
         secret: The node store's.
         log: File for the child's own output.
+        replica_rank: Chooses the cores.
+        num_replicas: Engines that share this machine's cores.
+        folder: Where the child and vLLM's own processes find `module` besides this project's root.
     """
 
-    def __init__(self, settings: EngineSettings, *, store_socket: str, secret: bytes, log: Path) -> None:
+    def __init__(
+        self,
+        module: str,
+        settings: EngineSettings,
+        *,
+        store_socket: str,
+        secret: bytes,
+        log: Path,
+        replica_rank: int = 0,
+        num_replicas: int = 1,
+        folder: Path = _ROOT,
+    ) -> None:
         self._log_path = log
         self._log = log.open("ab")
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "kvstore.engine.harness"],
+            [sys.executable, "-m", module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
             env={
                 **os.environ,
-                **engine_environment(settings, replica_rank=0),
+                **engine_environment(settings, replica_rank=replica_rank, num_replicas=num_replicas),
                 "HF_HUB_OFFLINE": "1",
                 SECRET_VARIABLE: secret.hex(),
-                "PYTHONPATH": os.pathsep.join([str(_ROOT), os.environ.get("PYTHONPATH", "")]),
+                "PYTHONPATH": os.pathsep.join([str(folder), str(_ROOT), os.environ.get("PYTHONPATH", "")]),
             },
         )
         self._answers: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         threading.Thread(target=self._pump, name="engine-answers", daemon=True).start()
         self._send({"settings": settings.model_dump(), "socket": store_socket})
         self._scope: KvScope | None = None
+
+    @property
+    def pid(self) -> int:
+        """The process that holds `AsyncLLM`."""
+        return self._process.pid
 
     @property
     def scope(self) -> KvScope:
@@ -90,36 +115,20 @@ class EngineChild:
             self._scope = msgspec.convert(self._receive(_START_S)["scope"], KvScope)
         return self._scope
 
-    def ask(
-        self,
-        prompt: Sequence[int],
-        *,
-        salt: str,
-        transfer: Mapping[str, Any] | None = None,
-        max_tokens: int = 1,
-        logprobs: int | None = None,
-    ) -> Answered:
-        """Run one prompt greedily.
-
-        Args:
-            prompt: Token ids.
-            salt: Prompts with different salts share nothing in the engine's own prefix cache.
-            transfer: `kv_transfer_params`.
-            max_tokens: Tokens to generate.
-            logprobs: How many of the first token's log probabilities to return.
+    def call(self, question: Mapping[str, Any], *, deadline_s: float = _ASK_S) -> Any:
+        """Ask the child something.
 
         Raises:
-            EngineGoneError: It ended, or does not answer.
+            EngineGoneError: It ended, or does not answer in time.
         """
         assert self.scope
-        question = {"prompt": list(prompt), "salt": salt, "transfer": transfer, "max_tokens": max_tokens}
-        return msgspec.convert(self._call(question | {"logprobs": logprobs}), Answered)
+        self._send(question)
+        return self._receive(deadline_s)
 
-    def counters(self) -> dict[str, float]:
-        """Our counters by name and our own label, e.g. `…_saves_total.stored`."""
-        assert self.scope
-        found: dict[str, float] = self._call({"counters": True})
-        return found
+    def kill(self) -> None:
+        """SIGKILL the process that holds `AsyncLLM`, nothing else."""
+        self._process.kill()
+        self._process.wait(10)
 
     def close(self) -> None:
         """Stop the engine; kill it if it does not."""
@@ -129,8 +138,7 @@ class EngineChild:
         try:
             self._process.wait(20)
         except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait(10)
+            self.kill()
         if self._process.stdout is not None:
             self._process.stdout.close()
         self._log.close()
@@ -142,10 +150,6 @@ class EngineChild:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def _call(self, question: Mapping[str, Any]) -> Any:
-        self._send(question)
-        return self._receive(_ASK_S)
 
     def _send(self, message: Any) -> None:
         assert self._process.stdin is not None
@@ -169,6 +173,49 @@ class EngineChild:
         self._answers.put(None)
 
 
+class EngineChild(EnginePipe):
+    """One engine that answers prompts. It binds all cores of this machine, as the only replica would.
+
+    Args:
+        settings: The engine.
+        store_socket: Unix socket of a node store.
+        secret: The node store's.
+        log: File for the child's own output.
+    """
+
+    def __init__(self, settings: EngineSettings, *, store_socket: str, secret: bytes, log: Path) -> None:
+        super().__init__("kvstore.engine.harness", settings, store_socket=store_socket, secret=secret, log=log)
+
+    def ask(
+        self,
+        prompt: Sequence[int],
+        *,
+        salt: str,
+        transfer: Mapping[str, Any] | None = None,
+        max_tokens: int = 1,
+        logprobs: int | None = None,
+    ) -> Answered:
+        """Run one prompt greedily.
+
+        Args:
+            prompt: Token ids.
+            salt: Prompts with different salts share nothing in the engine's own prefix cache.
+            transfer: `kv_transfer_params`.
+            max_tokens: Tokens to generate.
+            logprobs: How many of the first token's log probabilities to return.
+
+        Raises:
+            EngineGoneError: It ended, or does not answer.
+        """
+        question = {"prompt": list(prompt), "salt": salt, "transfer": transfer, "max_tokens": max_tokens}
+        return msgspec.convert(self.call(question | {"logprobs": logprobs}), Answered)
+
+    def counters(self) -> dict[str, float]:
+        """Our counters by name and our own label, e.g. `…_saves_total.stored`."""
+        found: dict[str, float] = self.call({"counters": True})
+        return found
+
+
 class _Child:
     """The engine's side of the pipe."""
 
@@ -177,7 +224,7 @@ class _Child:
         self._count = 0
 
     async def answer(self, question: Mapping[str, Any]) -> Any:
-        return _counters() if "counters" in question else await self._generate(question)
+        return samples() if "counters" in question else await self._generate(question)
 
     async def _generate(self, ask: Mapping[str, Any]) -> dict[str, Any]:
         from vllm import SamplingParams
@@ -200,31 +247,50 @@ class _Child:
         return found
 
 
-def _counters() -> dict[str, float]:
+def samples(prefixes: tuple[str, ...] = ("learnonce_",)) -> dict[str, float]:
+    """This process's metrics by name and our own label, e.g. `…_saves_total.stored`."""
     from prometheus_client import REGISTRY
 
-    own = ("reason", "outcome", "hook", "codec", "level")
+    own = ("reason", "outcome", "hook", "codec", "level", "method")
     return {
         sample.name + "".join(f".{sample.labels[name]}" for name in own if name in sample.labels): sample.value
         for family in REGISTRY.collect()
         for sample in family.samples
-        if sample.name.startswith("learnonce_") and "le" not in sample.labels
+        if sample.name.startswith(prefixes) and "le" not in sample.labels
     }
 
 
-async def _serve(first: Mapping[str, Any], source: IO[bytes], sink: IO[bytes]) -> None:
+def run_child(make: Callable[[Any], Answering], *, vllm_arguments: Mapping[str, Any] | None = None) -> None:
+    """Run an engine on this process's pipes: answers go to standard output, everything else to standard error.
+
+    Args:
+        make: Given the engine, makes what answers questions.
+        vllm_arguments: Besides those of the settings.
+    """
+    sink = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    first = json.loads(sys.stdin.buffer.readline())
+    asyncio.run(_serve(first, make, vllm_arguments or {}, sink))
+
+
+async def _serve(
+    first: Mapping[str, Any], make: Callable[[Any], Answering], vllm_arguments: Mapping[str, Any], sink: IO[bytes]
+) -> None:
     from vllm.v1.engine.async_llm import AsyncLLM
 
     from kvstore.engine.coding import check_coding
-    from kvstore.engine.scope import kv_scope
+    from kvstore.engine.llm import allow_joins
+    from kvstore.engine.scope import engine_weights, kv_scope
 
     settings = EngineSettings.model_validate_json(json.dumps(first["settings"]))
+    settings = settings.model_copy(update={"vllm_arguments": {**settings.vllm_arguments, **vllm_arguments}})
     llm = AsyncLLM.from_engine_args(build_engine_args(settings, role=Role.DECODE, store_socket=first["socket"]))
-    child, scope = _Child(llm), kv_scope(llm.vllm_config)
-    check_coding(settings.connector, scope)
+    answer, scope = make(llm), kv_scope(llm.vllm_config)
+    check_coding(settings.connector, scope, weights=engine_weights(llm.vllm_config))
+    await allow_joins(llm)
     _write(sink, {"scope": msgspec.to_builtins(scope)})
-    while line := await asyncio.to_thread(source.readline):
-        _write(sink, await child.answer(json.loads(line)))
+    while line := await asyncio.to_thread(sys.stdin.buffer.readline):
+        _write(sink, await answer(json.loads(line)))
     await asyncio.to_thread(llm.shutdown, timeout=0)
 
 
@@ -233,13 +299,5 @@ def _write(sink: IO[bytes], value: Any) -> None:
     sink.flush()
 
 
-def main() -> None:
-    """Run the child: answers go to the original standard output, everything else to standard error."""
-    sink = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
-    first = json.loads(sys.stdin.buffer.readline())
-    asyncio.run(_serve(first, sys.stdin.buffer, sink))
-
-
 if __name__ == "__main__":
-    main()
+    run_child(lambda llm: _Child(llm).answer)

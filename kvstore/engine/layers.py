@@ -1,6 +1,6 @@
-"""Parts of a load that is being read: one chunk's layers as they arrive, a chunk that is there, what is given back.
+"""Parts of a load that is being read: one chunk's layers as they arrive, what is given back.
 
-Covers: decoding on threads with falling back to coarser levels, a read lease that looks like a stream.
+Covers: decoding on threads with falling back to coarser levels.
 Does not cover: which chunks and how long (`kvstore.engine.reading`), bytes (`kvstore.codecs`).
 """
 
@@ -16,8 +16,7 @@ import torch
 from cluster.errors import DataError
 from kvstore.engine.coding import OpenChunk
 from kvstore.engine.tally import LoadFailure
-from kvstore.interfaces import ChunkMeta, ReadLease, StreamLease
-from kvstore.keys import ChunkKey
+from kvstore.interfaces import StreamLease
 
 logger = logging.getLogger(__name__)
 
@@ -134,46 +133,6 @@ class LayeredDecode:
                 continue
             return DecodedLayer(level, time.thread_time() - began_s, damaged)
         raise failure
-
-
-class WholeStream:
-    """A read lease as a stream that has arrived."""
-
-    def __init__(self, lease: ReadLease) -> None:
-        self._lease = lease
-
-    @property
-    def key(self) -> ChunkKey:
-        """The chunk's key."""
-        return self._lease.key
-
-    @property
-    def meta(self) -> ChunkMeta | None:
-        """How to read the payload."""
-        return self._lease.meta
-
-    @property
-    def payload(self) -> memoryview:
-        """Verified bytes."""
-        return self._lease.payload
-
-    def wait_bytes(self, num_bytes: int, *, deadline_s: float) -> int:
-        """All of them."""
-        return len(self._lease.payload)
-
-    def finish(self, *, deadline_s: float) -> bool:
-        """They are true."""
-        return True
-
-    def release(self) -> None:
-        """Give the lease back."""
-        self._lease.release()
-
-    def __enter__(self) -> "WholeStream":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
 
 
 def release(held: Held) -> None:

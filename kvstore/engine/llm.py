@@ -16,9 +16,10 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from cluster.errors import SettingsError
 from kvstore.engine.build import build_engine_args
 from kvstore.engine.coding import check_coding
+from kvstore.engine.extension import METHOD
 from kvstore.engine.paging import UnsupportedLayoutError
 from kvstore.engine.params import build_transfer_params
-from kvstore.engine.scope import kv_scope
+from kvstore.engine.scope import engine_weights, kv_scope
 from kvstore.engine.settings import EngineSettings
 from kvstore.engine.worker import kill_children
 from kvstore.interfaces import StoreClient
@@ -57,9 +58,10 @@ class LlmEngine:
         served = config.model_config.served_model_name
         self._model = served[0] if isinstance(served, list) else str(served)
         self._scope: KvScope | None = None
+        self._joins = False
         try:
             self._scope = kv_scope(config)
-            check_coding(settings.connector, self._scope)
+            check_coding(settings.connector, self._scope, weights=engine_weights(config))
         except UnsupportedLayoutError as error:
             logger.warning("KV of this model is not reused: %s", error)
         except SettingsError:
@@ -82,6 +84,15 @@ class LlmEngine:
         return self._scope
 
     @property
+    def joins(self) -> bool:
+        """Whether passages can be moved and joined in its KV."""
+        return self._joins
+
+    async def allow_joins(self) -> None:
+        """Let the engine join passages, if its model can be. Call before the first request."""
+        self._joins = await allow_joins(self.llm)
+
+    @property
     def dead(self) -> bool:
         """In vLLM's own view: its core process has ended, or its output loop has."""
         return bool(self.llm.errored)
@@ -102,12 +113,26 @@ class LlmEngine:
         await asyncio.to_thread(kill_children)
 
 
+async def allow_joins(llm: AsyncLLM) -> bool:
+    """Let an engine that has just started join passages; the log says why it cannot."""
+    try:
+        (refusal,) = await llm.collective_rpc(METHOD)
+    except Exception:
+        # The user's own worker_extension_cls, for one. Such an engine serves without joins.
+        logger.exception("event=joins_off")
+        return False
+    if refusal is not None:
+        logger.warning("event=joins_off reason=%r", refusal)
+    return refusal is None
+
+
 async def warm_up(engine: LlmEngine, *, store: StoreClient, num_tokens: int) -> None:
-    """Generate, save and load one short prompt, so that the first user does not pay for first touches.
+    """Allow joins, then generate, save and load one short prompt: the first user does not pay for first touches.
 
     The chunk has a fixed key, so all replicas together leave one chunk in the store. A store that is away costs the
     warm-up of its path, not the start.
     """
+    await engine.allow_joins()
     if num_tokens == 0:
         return
     started_s = time.monotonic()

@@ -4,6 +4,9 @@ Covers: threads, deadlines, scattering, what to tell the engine.
 Does not cover: when a load starts (`kvstore.engine.scheduler_side`), how a chunk is read and decoded
 (`kvstore.engine.reading`), how KV gets into blocks (`kvstore.engine.paging`).
 
+Of a joined load a chunk that cannot be had is a hole: the rest is loaded, and the load ends as placed, for
+`kvstore.engine.join.run` to go on with it.
+
 A load hands over piece after piece, in order, while its reader is at the next: pieces are written into the engine's
 blocks as they come. Reader threads never touch the blocks, so a load can be dropped at any time: pieces that arrive for
 a dropped load are released.
@@ -22,9 +25,9 @@ import torch
 
 from kvstore.engine.coding import Coding
 from kvstore.engine.layers import NotLoadedError, release
-from kvstore.engine.ops import LoadOp
+from kvstore.engine.ops import LoadOp, PlacedLoad
 from kvstore.engine.probing import LinkProbe
-from kvstore.engine.reading import ChunkReading, Piece, Reader
+from kvstore.engine.reading import ChunkReading, Mover, Piece, Reader
 from kvstore.engine.speeds import SpeedMeter
 from kvstore.engine.staging import Staging
 from kvstore.engine.tally import LoadFailure, Tally
@@ -35,6 +38,8 @@ logger = logging.getLogger(__name__)
 
 _LATE_READ_S: Final = 0.5
 """How long a read may outlive its deadline before the engine stops waiting for the thread."""
+_HOLES: Final = ("missing", "mismatch", "profile")
+"""Failures of one chunk that say nothing about the next one."""
 
 
 class Blocks(Protocol):
@@ -69,7 +74,9 @@ class _Load:
     queue_s: float = 0.0
     pieces: deque[Piece] = field(default_factory=deque)
     position: int = 0
-    """Tokens `[op.start, position)` are in the engine's blocks."""
+    """Tokens `[op.start, position)` are in the engine's blocks, but for the holes of a joined load."""
+    ranges: list[tuple[int, int, bool]] = field(default_factory=list)
+    """Pieces of a joined load that are in the engine's blocks: first token, token behind the last, whether exact."""
     is_read: bool = False
     """No further piece comes."""
     failure: LoadFailure | None = None
@@ -105,7 +112,8 @@ class Loader:
     """Loads of one engine worker.
 
     Guarantees:
-        Every load that is submitted and not dropped is reported once: half a second after its deadline at the latest if
+        Every load that is submitted and not dropped is reported once, joined ones by `take_placed` unless there is
+        nothing to join: half a second after its deadline at the latest if
         it is not read by then, otherwise when it is scattered.
         Bad blocks are reported together with the request, and only from the first missing token on.
         When `num_open` is 0 and no thread reads, no lease and no staged memory is held.
@@ -118,6 +126,7 @@ class Loader:
         limits: Threads and bytes.
         meter: Speeds, measured here and used for decisions.
         may_recompute: Whether loads are given up that are slower than computing.
+        move: Turns keys of joined chunks; called on the loader's threads.
         now_s: Monotonic seconds.
     """
 
@@ -131,6 +140,7 @@ class Loader:
         limits: LoadLimits,
         meter: SpeedMeter,
         may_recompute: bool = True,
+        move: Mover | None = None,
         now_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self._blocks = blocks
@@ -141,6 +151,7 @@ class Loader:
         self._open: dict[str, _Load] = {}
         self._staged: deque[_Load] = deque()
         self._placed_keys: dict[str, set[ChunkKey]] = {}
+        self._placed: list[PlacedLoad] = []
         self._threads = ThreadPoolExecutor(limits.num_threads, "learnonce-load", limits.initializer)
         self._decoders = ThreadPoolExecutor(limits.num_decoders, "learnonce-decode", limits.initializer)
         self._reader = Reader(
@@ -154,6 +165,7 @@ class Loader:
             num_decoders=limits.num_decoders,
             accepts=blocks.accepts,
             may_recompute=may_recompute,
+            move=move,
             now_s=now_s,
         )
 
@@ -208,6 +220,11 @@ class Loader:
             self._report(load, result)
         return result
 
+    def take_placed(self) -> list[PlacedLoad]:
+        """Joined loads that are over since the last call, and of which something is left to join."""
+        taken, self._placed = self._placed, []
+        return taken
+
     def close(self) -> None:
         """Drop every load and stop the threads; waits at most for reads under way, which their deadlines bound."""
         for request_id in list(self._open):
@@ -228,11 +245,18 @@ class Loader:
             queue_s=load.queue_s,
         )
         failure: LoadFailure | None = "deadline"
+        hole: LoadFailure | None = None
         try:
             while not load.dropped and self._now_s() < load.stop_s:
-                piece = reading.read_next()
+                try:
+                    piece = reading.read_next()
+                except NotLoadedError as error:
+                    if load.op.join is None or error.reason not in _HOLES:
+                        raise
+                    hole = hole or error.reason
+                    continue
                 if piece is None:
-                    failure = None
+                    failure = hole
                     break
                 self._hand_over(load, piece)
         except NotLoadedError as error:
@@ -277,6 +301,8 @@ class Loader:
                 return 1
             piece = load.pieces[0]
         kv = piece.kv_L2TNH
+        # Behind a hole of a joined load.
+        load.position = max(load.position, piece.start)
         done = load.position - piece.start
         token_bytes = kv.element_size() * kv.shape[0] * 2 * kv.shape[3] * kv.shape[4]
         num_tokens = min(kv.shape[2] - done, max(1, budget_bytes // token_bytes))
@@ -300,6 +326,7 @@ class Loader:
             with self._lock:
                 load.pieces.popleft()
             release(piece.held)
+            load.ranges.append((piece.start, load.position, piece.is_exact))
         return num_tokens * token_bytes
 
     def _unstage_if_empty(self, load: _Load, result: LoadResult) -> None:
@@ -329,13 +356,36 @@ class Loader:
             self._open.pop(op.request_id, None)
             # A reader that is still at it has nobody to hand a piece to.
             load.dropped = True
-        result.finished.add(op.request_id)
         self._tally.observe("load_s", self._now_s() - load.began_s)
+        if op.join is not None:
+            self._report_joined(load, result)
+            return
+        result.finished.add(op.request_id)
         if load.position >= op.stop:
             self._tally.add("loads_complete")
             return
         result.bad_blocks.update(op.block_ids[load.position // self._blocks.block_size :])
         self._tally.load_failed(load.failure or "missing", num_tokens=op.stop - load.position)
+
+    def _report_joined(self, load: _Load, result: LoadResult) -> None:
+        op = load.op
+        placed = PlacedLoad(
+            op=op,
+            exact=tuple((start, stop) for start, stop, is_exact in load.ranges if is_exact),
+            joined=tuple((start, stop) for start, stop, is_exact in load.ranges if not is_exact),
+        )
+        num_missing = sum(span.stop - max(op.start, span.start) for span in op.spans)
+        num_missing -= sum(stop - start for start, stop, _ in load.ranges)
+        if num_missing == 0:
+            self._tally.add("loads_complete")
+        else:
+            self._tally.load_failed(load.failure or "missing", num_tokens=num_missing)
+        if placed.joined and load.failure != "scatter_error":
+            self._placed.append(placed)
+            return
+        # Nothing to join: the engine computes what is missing.
+        result.finished.add(op.request_id)
+        result.bad_blocks.update(op.block_ids[placed.exact_stop // self._blocks.block_size :])
 
     @staticmethod
     def _release(load: _Load) -> None:

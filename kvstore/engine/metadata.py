@@ -1,11 +1,12 @@
-"""The envelope in which vLLM carries one step's operations from the scheduler half to the worker half.
+"""The envelopes in which vLLM carries one step's operations to the worker half, and its report back.
 
-Covers: vLLM's base class around `kvstore.engine.ops.StepOps`. Does not cover: the operations themselves.
+Covers: vLLM's base classes around `kvstore.engine.ops.StepOps` and around what joins kept.
+Does not cover: the operations themselves.
 """
 
 from dataclasses import dataclass
 
-from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorWorkerMetadata
 
 from kvstore.engine.ops import StepOps
 
@@ -15,3 +16,15 @@ class StepPlan(KVConnectorMetadata):
     """One engine step."""
 
     ops: StepOps
+
+
+@dataclass(frozen=True, slots=True)
+class JoinReport(KVConnectorWorkerMetadata):
+    """Joins that ended in one step."""
+
+    reused: dict[str, int]
+    """By request, how many loaded tokens were kept."""
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> "JoinReport":
+        """Of two workers."""
+        return JoinReport({**self.reused, **(other.reused if isinstance(other, JoinReport) else {})})

@@ -73,6 +73,21 @@ COUNTERS: Final[Mapping[str, Metric]] = {
         "Tokens of the steps from which prefill speed is learned: those that compute many",
         "Divided by the sum of prefill_seconds it is the speed that loads are compared with",
     ),
+    "joined_tokens": Metric(
+        f"{_PREFIX}joined_tokens_total",
+        "Prompt tokens of joined passages that were loaded at another place than where they were learned",
+        "Follows joins_total",
+    ),
+    "join_recomputed_tokens": Metric(
+        f"{_PREFIX}join_recomputed_tokens_total",
+        "Joined tokens that were computed again to make them fit",
+        "Divided by joined_tokens_total it is the share that requests asked for",
+    ),
+    "join_computed_tokens": Metric(
+        f"{_PREFIX}join_computed_tokens_total",
+        "Prompt tokens computed by joins because they were not loaded: holes between passages, and the tail",
+        "Rises with missing passages: look at load_failures_total",
+    ),
     "params_rejected": Metric(
         f"{_PREFIX}params_rejected_total",
         "Requests whose transfer parameters were invalid or not usable",
@@ -88,6 +103,16 @@ LABELLED: Final[Mapping[str, Metric]] = {
         "missing: the directory is behind the store. deadline: the store is slow. slow: computing is faster. "
         "mismatch: a chunk is damaged, or engines differ under one key, a bug. profile: nobody has the profile of a "
         "chunk's codec. store_error, scatter_error: see the log",
+        ("reason",),
+    ),
+    "joins": Metric(
+        f"{_PREFIX}joins_total", "Requests whose passages were joined, by method", "Nothing to do", ("method",)
+    ),
+    "join_failures": Metric(
+        f"{_PREFIX}join_failures_total",
+        "Joins given up: the request was computed instead",
+        "refused: the log says at start-up why this model cannot be joined; let the router plan `exact`. "
+        "error: a bug, see the log",
         ("reason",),
     ),
     "saves": Metric(
@@ -127,6 +152,11 @@ SECONDS: Final[Mapping[str, Metric]] = {
         f"{_PREFIX}load_scatter_seconds",
         "Writing one piece of a load into the engine's blocks; other requests wait meanwhile",
         "Lower load_step_bytes if tokens of running requests stutter",
+    ),
+    "join_s": Metric(
+        f"{_PREFIX}join_seconds",
+        "One join, in seconds of the engine's own thread over all its steps",
+        "Compare with prefill: it grows with what is computed again; lower join_step_tokens if other requests stutter",
     ),
     "load_s": Metric(f"{_PREFIX}load_seconds", "One load from allocation to the last token", "See its two parts"),
     "encode_s": Metric(

@@ -23,7 +23,7 @@ from cluster.errors import UnavailableError
 from cluster.settings_base import SettingsBase
 from kvstore.interfaces import ChunkMeta, StoreClient
 from kvstore.keys import ChunkKey, KvScope
-from kvstore.wire import Span, key_of
+from kvstore.wire import JoinPlan, Span, key_of
 
 T = TypeVar("T")
 
@@ -70,6 +70,8 @@ class NoopRequest:
     load_deadline_s: float = 0.0
     tenant: str = ""
     """Whose chunks are saved."""
+    join: JoinPlan | None = None
+    """Chunks may stand elsewhere than they were learned, and behind gaps."""
     max_tokens: int = 16
 
 
@@ -105,6 +107,11 @@ class NoopEngine:
             head_dim=self._settings.kv_bytes_per_token // 8,
             rope="{}",
         )
+
+    @property
+    def joins(self) -> bool:
+        """It can do what it is told, as it does nothing."""
+        return True
 
     @property
     def dead(self) -> bool:
@@ -169,16 +176,22 @@ class NoopEngine:
         return await asyncio.get_running_loop().run_in_executor(self._threads, function, request)
 
     def _load_all(self, request: NoopRequest) -> int:
+        """Tokens that need not be computed."""
         leases = self._store.read([key_of(span) for span in request.load], deadline_s=request.load_deadline_s)
-        stop, intact = 0, True
+        intact = []
         for span, lease in zip(request.load, leases, strict=True):
-            if lease is None:
-                intact = False
-                continue
-            with lease:
-                intact = intact and lease.payload == self._payload(span, request.prompt)
-            stop = span.stop if intact else stop
-        return stop
+            if lease is not None:
+                with lease:
+                    intact += [span] if lease.payload == self._payload(span, request.prompt) else []
+        exact_tokens = 0
+        for span in intact:
+            if span.base is not None or span.start != exact_tokens:
+                break
+            exact_tokens = span.stop
+        if request.join is None:
+            return exact_tokens
+        moved_tokens = sum(span.num_tokens for span in intact if span.base is not None)
+        return exact_tokens + moved_tokens - round(request.join.share * moved_tokens)
 
     def _save_all(self, request: NoopRequest) -> None:
         for span in request.save:

@@ -1,12 +1,26 @@
 """What the connector's scheduler half tells its worker half.
 
-Covers: one load and one save as plain values (they are pickled between processes). Imports neither torch nor vLLM.
+Covers: one load, its join and one save as plain values (they are pickled between processes). Imports neither torch nor
+vLLM.
 Does not cover: the envelope vLLM carries them in (`kvstore.engine.metadata`).
 """
 
 from dataclasses import dataclass
 
-from kvstore.engine.params import ChunkSpan, Handoff
+from kvstore.engine.params import ChunkSpan, Handoff, JoinMethod
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JoinOp:
+    """What happens to a load's tokens once they are in place."""
+
+    method: JoinMethod
+    share: float
+    """Share of the joined tokens that are computed again."""
+    tail_start: int
+    """Tokens from here on, and those that were not loaded, are computed."""
+    token_ids: tuple[int, ...]
+    """The prompt."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -15,7 +29,7 @@ class LoadOp:
 
     request_id: str
     spans: tuple[ChunkSpan, ...]
-    """Cover `[start, stop)` without gaps; the first and the last may reach over it."""
+    """Cover `[start, stop)` without gaps, or with a join in part; the first and the last may reach over it."""
     start: int
     """First token to load: everything before it is in the request's blocks already."""
     stop: int
@@ -23,6 +37,29 @@ class LoadOp:
     """The request's blocks from token 0 on."""
     deadline_s: float
     """Seconds from now until what has not arrived counts as missing."""
+    join: JoinOp | None = None
+    """Whatever is not loaded is then computed by the worker; all of `[start, stop)` is valid afterwards."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlacedLoad:
+    """A joined load of which everything that will come is in the request's blocks."""
+
+    op: LoadOp
+    exact: tuple[tuple[int, int], ...]
+    """Ranges of tokens behind `op.start` that hold exact KV, in order."""
+    joined: tuple[tuple[int, int], ...]
+    """Ranges that hold KV from elsewhere, moved to its place."""
+
+    @property
+    def exact_stop(self) -> int:
+        """Everything before this token is exact, whatever becomes of the join."""
+        position = self.op.start
+        for start, stop in self.exact:
+            if start > position:
+                break
+            position = stop
+        return position
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

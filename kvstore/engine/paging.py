@@ -105,15 +105,20 @@ class PagedKv:
         return self._block_size
 
     @property
+    def page_tokens(self) -> int:
+        """Tokens per page of the attention backend; blocks hold whole pages."""
+        return self._page_tokens
+
+    @property
     def bytes_per_block(self) -> int:
         """KV bytes of one block over all layers."""
         token_bytes = 2 * self._num_heads * self._head_dim * DTYPES[self._dtype_name].itemsize
         return len(self._layers) * self._block_size * token_bytes
 
     @property
-    def is_synchronous(self) -> bool:
-        """Whether the engine's work is over when its calls return, so that it can be timed from outside."""
-        return self._device.type == "cpu"
+    def device(self) -> torch.device:
+        """Where the blocks are, and the engine computes."""
+        return self._device
 
     def meta(self, *, num_tokens: int, base_position: int) -> ChunkMeta:
         """How a chunk of this engine is described."""
@@ -133,9 +138,19 @@ class PagedKv:
 
     def slots(self, block_ids: Sequence[int], *, start: int, stop: int) -> torch.Tensor:
         """Where tokens `[start, stop)` of a request with these blocks (from token 0 on) live."""
-        positions = torch.arange(start, stop)
+        return self.slots_at(block_ids, torch.arange(start, stop))
+
+    def slots_at(self, block_ids: Sequence[int], positions: torch.Tensor) -> torch.Tensor:
+        """Where the tokens at these positions, on the CPU, live."""
         blocks = torch.tensor(block_ids, dtype=torch.int64)[positions // self._block_size]
         return (blocks * self._block_size + positions % self._block_size).to(self._device)
+
+    def pages(self, block_ids: Sequence[int]) -> torch.Tensor:
+        """The pages of these blocks, in order, on the CPU."""
+        pages = torch.tensor(block_ids, dtype=torch.int64)
+        if self._pages_per_block > 1:
+            pages = (pages[:, None] * self._pages_per_block + torch.arange(self._pages_per_block)).flatten()
+        return pages
 
     def scatter(self, kv_L2TNH: torch.Tensor, *, slots: torch.Tensor) -> None:
         """Write all layers' KV of the tokens at `slots`."""
@@ -151,13 +166,19 @@ class PagedKv:
             first: Index of the first token within the first block.
             num_tokens: Tokens to read from there on.
         """
-        pages = torch.tensor(block_ids, dtype=torch.int64)
-        if self._pages_per_block > 1:
-            pages = (pages[:, None] * self._pages_per_block + torch.arange(self._pages_per_block)).flatten()
+        pages = self.pages(block_ids)
         if self._order is not None:
             copies = torch.stack([layer.kv_cache.index_select(0, pages) for layer in self._layers])
             return _CpuGathered(copies, self._order, first, num_tokens)
         return self._gather_device(pages.to(self._device), first, num_tokens)
+
+    def gather_layer(self, layer: int, block_ids: Sequence[int], *, num_tokens: int) -> torch.Tensor:
+        """A copy of one layer's KV of the first tokens, `[2, T, N, H]`, on the engine's device."""
+        blocks = block_ids[: -(-num_tokens // self._block_size)]
+        pages = self._layers[layer].kv_cache.index_select(0, self.pages(blocks).to(self._device))
+        if self._order is not None:
+            return self._order.unpack(pages[None])[0][:, :num_tokens]
+        return torch.stack(_side_by_side(pages))[:, :num_tokens]
 
     def pretouch(self) -> int:
         """Make the operating system provide the memory of the KV pool now, not during the first requests.

@@ -1,7 +1,8 @@
 """Profiles of a worker: its own, those that ship with the project, and those that it finds in the store.
 
-Covers: loading a profile by file, shipped name or id; publishing one so that other workers can read what it coded;
-fetching one that a chunk names, bounded and verified. Imports no vLLM.
+Covers: loading a profile by file, shipped name or id; the shipped one that was measured on an engine's weights;
+publishing one so that other workers can read what it coded; fetching one that a chunk names, bounded and verified.
+Imports no vLLM.
 Does not cover: what is in a profile (`kvstore.codecs.profile`), how one is made (`kvstore.codecs.calibrate`).
 
 In the store a profile is a record like a chunk, under a key derived from its id. The id is the SHA-256 of its bytes, so
@@ -16,7 +17,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from cluster.errors import DataError, SettingsError
 from kvstore.codecs.profile import Profile
@@ -39,6 +40,16 @@ CHECK_S: Final = 60.0
 """How often a worker that codes looks whether the store still holds its profile."""
 _PIN_S: Final = 10 * CHECK_S
 _ID: Final = re.compile(r"[0-9a-f]{64}", re.ASCII)
+
+
+class Weights(NamedTuple):
+    """Whose weights an engine runs, as far as it can say."""
+
+    name: str
+    """Last part of the model's name or folder."""
+    digest: str | None
+    """As in profiles (`kvstore.model_digest`). None where it cannot be compared: a hub id names no bytes, and overrides
+    change what they mean."""
 
 
 def profile_key(profile_id: str) -> ChunkKey:
@@ -88,6 +99,13 @@ def misfit(profile: Profile, *, num_layers: int, num_kv_heads: int, head_dim: in
         f"profile {profile.id[:12]} of {profile.model!r} is for {got[0]} layers of {got[1]} KV heads x {got[2]}, "
         f"this model has {wanted[0]} of {wanted[1]} x {wanted[2]}: calibrate one for it with `learnonce calibrate`"
     )
+
+
+def is_made_for(profile: Profile, weights: Weights) -> bool:
+    """Whether a profile was measured on these weights; where the engine cannot say, on a model of that name."""
+    if not profile.model_digest:
+        return False
+    return profile.model == weights.name if weights.digest is None else profile.model_digest == weights.digest
 
 
 class ProfileShelf:

@@ -10,16 +10,18 @@ A request's tokens, half-open ranges:
     [num_local, load_stop)  loaded: the chunks that continue from num_local without a gap, at most prompt - 1
     [load_stop, prompt)     computed; at least one token, from which the first output is sampled
 
+A joined request is loaded up to prompt - 1, whatever its chunks cover: the worker half computes what is missing.
+
 Livelock: when nothing of a load arrives, vLLM asks again as if the request were new. The half remembers
 `(request, num_preemptions)` and answers "nothing" the second time (design note ENGINE, section 2).
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from kvstore.engine.ops import LoadOp, SaveOp, StepOps
+from kvstore.engine.ops import JoinOp, LoadOp, SaveOp, StepOps
 from kvstore.engine.params import ChunkSpan, TransferParams, TransferParamsError, parse_transfer_params
 from kvstore.engine.tally import Tally
 
@@ -41,6 +43,7 @@ class RequestView(Protocol):
     num_prompt_tokens: int
     num_computed_tokens: int
     num_preemptions: int
+    prompt_token_ids: list[int] | None
     kv_transfer_params: dict[str, Any] | None
     prefill_stats: PrefillStatsView | None
 
@@ -51,6 +54,8 @@ class _Attempt:
 
     num_preemptions: int
     num_local: int
+    reused: int | None = None
+    """Tokens that a join kept of what was loaded."""
     superseded: bool = False
     """vLLM asked anew: nothing of the load arrived, and its own figures are right again."""
 
@@ -112,8 +117,11 @@ class SchedulerSide:
             attempt.superseded = True
             return 0
         tracked.num_local = num_local
-        stop = min(contiguous_stop(tracked.params.load, start=num_local), request.num_prompt_tokens - 1)
-        return max(0, stop - num_local)
+        last = request.num_prompt_tokens - 1
+        if _is_joined(tracked.params, num_local):
+            return max(0, last - num_local)
+        exact = [span for span in tracked.params.load if span.base is None]
+        return max(0, min(contiguous_stop(exact, start=num_local), last) - num_local)
 
     def blocks_allocated(self, request: RequestView, block_ids: Sequence[int], num_external: int) -> None:
         """Blocks are there: start the load, or, after one, correct what vLLM reports as reused."""
@@ -124,6 +132,13 @@ class SchedulerSide:
             self._start_load(tracked, request, block_ids, num_external)
         elif tracked.attempt is not None:
             _correct_reused(tracked.attempt, request)
+
+    def joins_ended(self, reused: Mapping[str, int]) -> None:
+        """By request, how many tokens a join kept of what was loaded."""
+        for request_id, num_tokens in reused.items():
+            tracked = self._tracked.get(request_id)
+            if tracked is not None and tracked.attempt is not None:
+                tracked.attempt.reused = num_tokens
 
     def take_step(
         self,
@@ -161,14 +176,17 @@ class SchedulerSide:
         start = tracked.num_local
         stop = start + num_external
         tracked.attempt = _Attempt(num_preemptions=request.num_preemptions, num_local=start)
+        join = _join_op(tracked.params, request) if _is_joined(tracked.params, start) else None
+        wanted = tracked.params.load if join else [span for span in tracked.params.load if span.base is None]
         self._new_loads.append(
             LoadOp(
                 request_id=request.request_id,
-                spans=tuple(s for s in tracked.params.load if s.stop > start and s.start < stop),
+                spans=tuple(span for span in wanted if span.stop > start and span.start < stop),
                 start=start,
                 stop=stop,
                 block_ids=tuple(block_ids[: -(-stop // self._block_size)]),
                 deadline_s=tracked.params.load_deadline_s,
+                join=join,
             )
         )
 
@@ -213,6 +231,21 @@ def contiguous_stop(spans: Sequence[ChunkSpan], *, start: int) -> int:
     return position
 
 
+def _is_joined(params: TransferParams, num_local: int) -> bool:
+    """Whether anything is left to join behind what the engine holds."""
+    return params.join is not None and any(span.base is not None and span.stop > num_local for span in params.load)
+
+
+def _join_op(params: TransferParams, request: RequestView) -> JoinOp:
+    assert params.join is not None
+    return JoinOp(
+        method=params.join.method,
+        share=params.join.share,
+        tail_start=params.join.tail_start,
+        token_ids=tuple(request.prompt_token_ids or ()),
+    )
+
+
 def _correct_reused(attempt: _Attempt, request: RequestView) -> None:
     """Make vLLM report what was loaded, not what was planned.
 
@@ -225,4 +258,7 @@ def _correct_reused(attempt: _Attempt, request: RequestView) -> None:
     if stats is None or repeated or attempt.superseded:
         return
     num_local = min(attempt.num_local, request.num_computed_tokens)
-    stats.set(request.num_prompt_tokens, num_local, request.num_computed_tokens - num_local)
+    num_loaded = request.num_computed_tokens - num_local
+    if attempt.reused is not None:
+        num_loaded = min(num_loaded, attempt.reused)
+    stats.set(request.num_prompt_tokens, num_local, num_loaded)

@@ -1,15 +1,17 @@
 """What makes the KV of two engines interchangeable, read from vLLM's configuration.
 
-Covers: the scope in every chunk key.
+Covers: the scope in every chunk key, and whose weights an engine runs.
 Does not cover: keys (`kvstore.keys`), the digest of weights (`kvstore.model_digest`), LoRA adapters (requests with one
 reuse nothing yet).
 """
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Any, Final
 
 from kvstore.engine.paging import UnsupportedLayoutError
+from kvstore.engine.profiles import Weights
 from kvstore.engine.support import kv_dtype_name, refusal_of_model
 from kvstore.keys import KvScope
 from kvstore.model_digest import feed, model_digest
@@ -47,16 +49,30 @@ def kv_scope(vllm_config: Any) -> KvScope:
     )
 
 
+def engine_weights(vllm_config: Any) -> Weights:
+    """Whose weights an engine runs, to find the profile that was measured on them."""
+    model = vllm_config.model_config
+    folder = Path(model.model)
+    is_comparable = folder.is_dir() and _changes(model) is None
+    return Weights(folder.absolute().name, model_digest(model.model) if is_comparable else None)
+
+
 def _digest_of(model: Any) -> str:
     commit = getattr(model.hf_config, "_commit_hash", None)
     plain = model_digest(model.model, revision=commit or model.revision)
-    changes = [model.hf_overrides if isinstance(model.hf_overrides, dict) else repr(model.hf_overrides)]
-    changes.append(model.quantization)
-    if changes == [{}, None]:
+    changes = _changes(model)
+    if changes is None:
         return plain
     state = hashlib.blake2b(plain.encode(), digest_size=20)
     feed(state, json.dumps(changes, sort_keys=True, default=str).encode())
     return state.hexdigest()
+
+
+def _changes(model: Any) -> list[Any] | None:
+    """What the engine makes other than the model's own files say; None if nothing."""
+    overrides = model.hf_overrides if isinstance(model.hf_overrides, dict) else repr(model.hf_overrides)
+    changes = [overrides, model.quantization]
+    return None if changes == [{}, None] else changes
 
 
 def _rope_rule(model: Any) -> str:

@@ -48,7 +48,7 @@ class ConnectorSettings(SettingsBase):
     """Finest level that `transform` stores, 0 is the smallest; `auto` stores every level that the profile has."""
     profile: str | None = None
     """Profile of `transform`: a file, the name of one that ships with the project, or the 64 hex digits of one that is
-    in the store. Unset takes the shipped one that fits the model."""
+    in the store. Unset takes the shipped one that was measured on the engine's weights (docs/codec.md)."""
     handoff: Literal["auto", "codec"] = "auto"
     """Chunks that a decode replica waits for: `auto` sends them raw where the link is faster than the codec, and at a
     level that suits the link where not; `codec` treats them as any other chunk."""
@@ -62,6 +62,9 @@ class ConnectorSettings(SettingsBase):
     """Compute instead of loading what arrives too slowly: from measured speeds of links, codec and prefill."""
     load_step_bytes: PositiveInt = 64 << 20
     """KV bytes written into the engine per step while other requests compute; bounds how long their tokens wait."""
+    join_step_tokens: PositiveInt = 64
+    """Tokens that joins compute per step while other requests compute; bounds how long their tokens wait. Without
+    others a step computes up to `max_num_batched_tokens`."""
     save_threads: Annotated[int, Field(ge=1, le=64)] = 1
     """Encodings and writes to the store at the same time."""
     save_staging_bytes: NonNegativeInt = 1 << 30

@@ -14,13 +14,16 @@ missing: the store does not hold a chunk. deadline: chunks came too late. slow: 
 them. mismatch: a chunk's metadata or bytes do not fit this engine. profile: nobody has the profile that a chunk needs.
 store_error: the store client failed. scatter_error: writing into the engine's blocks failed.
 """
+JoinFailure = Literal["refused", "error"]
+"""Why a joined request is computed after all. refused: this engine's model cannot be joined. error: a bug, see the log.
+"""
 SaveOutcome = Literal["stored", "held", "staging_full", "refused", "error"]
 """What became of a save.
 
 stored: committed. held: it was loaded for this very request. staging_full: more waits than may be staged.
 refused: the store holds it, somebody writes it, or there is no room. error: the store or the codec failed.
 """
-Series = Literal["read_s", "decode_s", "scatter_s", "load_s", "save_s", "encode_s", "prefill_s"]
+Series = Literal["read_s", "decode_s", "scatter_s", "load_s", "save_s", "encode_s", "prefill_s", "join_s"]
 MAX_OBSERVATIONS: Final = 256
 """Per series and drain; more are counted in the sums only."""
 
@@ -52,6 +55,10 @@ class Tally:
         """A load ended early; `num_tokens` are computed instead."""
         self.add(f"load_failures.{reason}")
         self.add("load_failed_tokens", num_tokens)
+
+    def join_failed(self, reason: JoinFailure) -> None:
+        """A join ended early; the request is computed instead."""
+        self.add(f"join_failures.{reason}")
 
     def save_ended(self, outcome: SaveOutcome) -> None:
         """A save ended."""

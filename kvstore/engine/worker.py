@@ -82,6 +82,11 @@ class WorkerEngine(Protocol):
         ...
 
     @property
+    def joins(self) -> bool:
+        """Whether passages can be moved and joined in its KV."""
+        ...
+
+    @property
     def dead(self) -> bool:
         """The engine cannot serve any more and will not come back."""
         ...
@@ -225,6 +230,7 @@ class Worker:
             running_requests=self._gate.running_requests,
             queued_prompt_tokens=self._engine.queued_prompt_tokens,
             draining=self._draining or self._engine.dead,
+            joins=self._engine.joins,
         )
 
     async def _refresh_store(self) -> None:

@@ -1,30 +1,38 @@
 """The connector's worker half: carries out loads and saves beside the engine's steps.
 
-Covers: the blocks of this worker, the loader and the saver, and what an engine that cannot reuse KV answers.
+Covers: the blocks of this worker, the loader, joins and the saver, and what an engine that cannot reuse KV answers.
 Does not cover: vLLM's class and its hooks (`kvstore.engine.connector`).
 """
 
 import contextlib
+import dataclasses
 import importlib
 import logging
 import os
 import threading
-import time
 from collections.abc import Callable, Mapping
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
 
 from cluster.errors import SettingsError
 from kvstore.engine.coding import Coding
+from kvstore.engine.join.run import Joins
 from kvstore.engine.loader import Loader, LoadLimits, LoadResult
 from kvstore.engine.ops import LoadOp, StepOps
 from kvstore.engine.paging import PagedKv, UnsupportedLayoutError
-from kvstore.engine.profiles import ProfileShelf
+from kvstore.engine.params import ChunkSpan
+from kvstore.engine.profiles import ProfileShelf, Weights
 from kvstore.engine.saver import Saver
 from kvstore.engine.settings import ConnectorSettings
-from kvstore.engine.speeds import MIN_PREFILL_TOKENS, SpeedMeter
+from kvstore.engine.speeds import SpeedMeter
+from kvstore.engine.step_clock import StepClock, marks_of
 from kvstore.engine.tally import Tally
 from kvstore.interfaces import StoreClient
 from kvstore.wire import cluster_secret
+
+if TYPE_CHECKING:
+    from kvstore.engine.join.rotation import Rotation
 
 logger = logging.getLogger(__name__)
 
@@ -89,25 +97,30 @@ class WorkerSide:
         """The engine's blocks, once registered and understood."""
         self._loader: Loader | None = None
         self._saver: Saver | None = None
+        self._layers: list[Any] = []
+        self._rotation: Rotation | None = None
+        self._joins: Joins | None = None
+        self._reused: dict[str, int] = {}
         self._meter = SpeedMeter()
-        self._step: tuple[float, int] | None = None
-        """When the step under way began, and how many tokens it computes."""
+        self._clock = StepClock(None)
         self._finished: set[str] = set()
         self._bad_blocks: set[int] = set()
 
-    def register(self, layers: list[Any]) -> str | None:
-        """Take the engine's KV; why it cannot be used, or None."""
+    def register(self, layers: list[Any], *, weights: Weights) -> str | None:
+        """Take the engine's KV, computed with these weights; why it cannot be used, or None."""
         try:
             blocks = PagedKv(layers, block_size=self._block_size)
         except UnsupportedLayoutError as error:
             return str(error)
         self.blocks = blocks
+        self._layers = layers
+        self._clock = StepClock(marks_of(blocks.device))
         touched_bytes = blocks.pretouch()
         logger.info("event=kv_registered layers=%d pretouched_bytes=%d", len(layers), touched_bytes)
         settings, shelf = self._settings, ProfileShelf(store=self._store)
         model = blocks.meta(num_tokens=1, base_position=0)
         try:
-            coding = Coding(settings, shelf=shelf, meter=self._meter, model=model)
+            coding = Coding(settings, shelf=shelf, meter=self._meter, model=model, weights=weights)
         except SettingsError as error:
             return str(error)
         self._loader = Loader(
@@ -124,6 +137,7 @@ class WorkerSide:
             ),
             meter=self._meter,
             may_recompute=settings.recompute_when_faster,
+            move=self._move,
         )
         self._saver = Saver(
             store=self._store,
@@ -137,9 +151,35 @@ class WorkerSide:
         )
         return None
 
+    def allow_joins(self, runner: Any) -> str | None:
+        """Join from now on, by this model runner of vLLM; why that cannot be, or None. Before the first request."""
+        from kvstore.engine.join.forward import ModelForward  # the only part that needs vLLM
+
+        if self.blocks is None:
+            return "KV of this engine is not reused"
+        try:
+            forward = ModelForward(runner, layers=[layer.layer_name for layer in self._layers], blocks=self.blocks)
+            # Block 0 is never given to a request, and before the first one nobody uses the others either.
+            forward.prove_rotation([1])
+        except UnsupportedLayoutError as error:
+            return str(error)
+        except Exception as error:
+            # Models are many, and one that cannot be run like this serves without joins.
+            logger.exception("event=join_proof_failed")
+            return f"{type(error).__name__}: {error}"
+        self._rotation = forward.rotation
+        self._joins = Joins(
+            forward,
+            blocks=self.blocks,
+            tally=self._tally,
+            step_tokens=self._settings.join_step_tokens,
+            max_tokens=runner.vllm_config.scheduler_config.max_num_batched_tokens,
+        )
+        return None
+
     def begin_step(self, ops: StepOps) -> None:
         """The engine begins a step. Before its forward, which `load` may come after."""
-        self._step = (time.monotonic(), ops.num_tokens)
+        self._clock.begin(ops.num_tokens)
 
     def load(self, ops: StepOps) -> None:
         """Start this step's loads and scatter a bounded piece of those that have arrived."""
@@ -149,6 +189,19 @@ class WorkerSide:
             self._start(op, queue_s=queue_s)
         if self._loader is not None:
             self._note(self._loader.advance(busy=ops.busy))
+            self._join(busy=ops.busy)
+
+    def _join(self, *, busy: bool) -> None:
+        if self._joins is None or self._loader is None:
+            return
+        for placed in self._loader.take_placed():
+            self._joins.submit(placed)
+        if self._joins.num_open:
+            # What this step takes says nothing about prefill.
+            self._clock.begin(0)
+            result = self._joins.advance(busy=busy)
+            self._reused |= result.reused
+            self._note(LoadResult(result.finished, result.bad_blocks))
 
     def save(self, ops: StepOps) -> None:
         """Take this step's complete chunks out of the engine."""
@@ -162,12 +215,7 @@ class WorkerSide:
                 self._saver.save(op)
 
     def _note_prefill(self) -> None:
-        step, self._step = self._step, None
-        if step is None or self.blocks is None or not self.blocks.is_synchronous:
-            return
-        began_s, num_tokens = step
-        seconds = time.monotonic() - began_s
-        if num_tokens >= MIN_PREFILL_TOKENS:
+        for num_tokens, seconds in self._clock.end():
             self._meter.note_prefill(num_tokens, seconds=seconds)
             self._tally.add("prefill_tokens", num_tokens)
             self._tally.observe("prefill_s", seconds)
@@ -175,7 +223,16 @@ class WorkerSide:
     def end_requests(self, request_ids: set[str]) -> None:
         """Requests that are done or aborted: their loads are over."""
         if self._loader is not None:
-            self._finished.update(name for name in request_ids if self._loader.drop(name))
+            self._finished.update(name for name in request_ids if self._drop(name))
+
+    def _drop(self, request_id: str) -> bool:
+        was_loading = self._loader is not None and self._loader.drop(request_id)
+        return (self._joins is not None and self._joins.drop(request_id)) or was_loading
+
+    def take_reused(self) -> dict[str, int]:
+        """By request whose join is over since the last call: how many loaded tokens were kept."""
+        taken, self._reused = self._reused, {}
+        return taken
 
     def take_finished(self) -> set[str]:
         """Requests whose loads are over since the last call."""
@@ -189,8 +246,9 @@ class WorkerSide:
 
     @property
     def num_open_loads(self) -> int:
-        """Loads under way; 0 when the engine is idle."""
-        return self._loader.num_open if self._loader is not None else 0
+        """Loads and joins under way; 0 when the engine is idle."""
+        num_joins = self._joins.num_open if self._joins is not None else 0
+        return num_joins + (self._loader.num_open if self._loader is not None else 0)
 
     @property
     def staged_bytes(self) -> int:
@@ -205,7 +263,15 @@ class WorkerSide:
             self._loader.close()
         self._store.close()
 
+    def _move(self, kv_L2TNH: torch.Tensor, *, base: int, start: int) -> None:
+        """On the loader's threads."""
+        assert self._rotation is not None
+        self._rotation.move(kv_L2TNH, base=base, start=start)
+
     def _start(self, op: LoadOp, *, queue_s: float) -> None:
+        if op.join is not None and self._joins is None:
+            self._tally.join_failed("refused")
+            op = dataclasses.replace(op, join=None, spans=_exact_lead(op))
         try:
             if self._loader is not None:
                 self._loader.submit(op, queue_s=queue_s)
@@ -218,6 +284,17 @@ class WorkerSide:
     def _note(self, result: LoadResult) -> None:
         self._finished |= result.finished
         self._bad_blocks |= result.bad_blocks
+
+
+def _exact_lead(op: LoadOp) -> tuple[ChunkSpan, ...]:
+    """The chunks that can be loaded without a join."""
+    position, lead = op.start, []
+    for span in op.spans:
+        if span.base is not None or span.start > position:
+            break
+        lead.append(span)
+        position = span.stop
+    return tuple(lead)
 
 
 def _use_all_cores() -> None:

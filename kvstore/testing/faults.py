@@ -10,10 +10,8 @@ import hashlib
 import threading
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
-from types import TracebackType
-from typing import Self
 
-from kvstore.interfaces import ChunkMeta, ReadLease, StoreClient, StreamLease, WriteLease
+from kvstore.interfaces import ChunkMeta, ReadLease, ReleasedAtExit, StoreClient, StreamLease, WriteLease
 from kvstore.keys import ChunkKey
 
 
@@ -134,7 +132,7 @@ class FaultyStoreClient:
         return deadline_s - self.delay_s if self.delay_s < deadline_s else None
 
 
-class _BrokenStream:
+class _BrokenStream(ReleasedAtExit):
     """A stream that breaks off half way: early bytes are there, and never become true."""
 
     def __init__(self, inner: StreamLease) -> None:
@@ -161,14 +159,6 @@ class _BrokenStream:
 
     def release(self) -> None:
         self._inner.release()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.release()
 
 
 class _DoomedWrite:

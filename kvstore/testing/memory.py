@@ -8,12 +8,19 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
-from types import TracebackType
-from typing import Self
 
 from kvstore.container import RecordError
-from kvstore.interfaces import BufferUnusableError, ChunkMeta, ReadLease, StreamLease, TierStat, WriteLease
+from kvstore.interfaces import (
+    BufferUnusableError,
+    ChunkMeta,
+    ReadLease,
+    ReleasedAtExit,
+    StreamLease,
+    TierStat,
+    WriteLease,
+)
 from kvstore.keys import ChunkKey
+from kvstore.whole_stream import WholeStream
 
 
 class _Chunk:
@@ -162,7 +169,7 @@ class MemoryStore:
         return sum(len(c.payload) for c in self._chunks.values())
 
 
-class MemoryReadLease:
+class MemoryReadLease(ReleasedAtExit):
     """A pinned chunk."""
 
     def __init__(self, store: MemoryStore, owner: "MemoryStoreClient", key: ChunkKey, chunk: _Chunk) -> None:
@@ -190,56 +197,6 @@ class MemoryReadLease:
     def release(self) -> None:
         """Give the pin back."""
         self._store.finish_read(self, self._chunk)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.release()
-
-
-class MemoryStreamLease:
-    """A pinned chunk as a stream: whole from the start."""
-
-    def __init__(self, lease: MemoryReadLease) -> None:
-        self._lease = lease
-
-    @property
-    def key(self) -> ChunkKey:
-        """The chunk's key."""
-        return self._lease.key
-
-    @property
-    def meta(self) -> ChunkMeta | None:
-        """How to read the payload."""
-        return self._lease.meta
-
-    @property
-    def payload(self) -> memoryview:
-        """Read-only bytes."""
-        return self._lease.payload
-
-    def wait_bytes(self, num_bytes: int, *, deadline_s: float) -> int:
-        """All of them."""
-        return len(self._lease.payload)
-
-    def finish(self, *, deadline_s: float) -> bool:
-        """They are true."""
-        return True
-
-    def release(self) -> None:
-        """Give the pin back."""
-        self._lease.release()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.release()
 
 
 class MemoryWriteLease:
@@ -342,7 +299,7 @@ class MemoryStoreClient:
         if self._closed:
             return None
         lease = self.store.acquire(key, self, time.monotonic() + deadline_s)
-        return MemoryStreamLease(lease) if lease else None
+        return WholeStream(lease) if lease else None
 
     def pin(self, keys: Sequence[ChunkKey], *, seconds: float, deadline_s: float) -> list[bool]:
         """Keep chunks from being evicted for so long; which are held."""

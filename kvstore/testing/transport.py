@@ -35,7 +35,27 @@ LATE_S: Final = 2.0
 _MARK: Final = 0xA5
 
 
-class TransportContract:
+class DataPathSuite:
+    """What suites of data paths share: memory to pull into, and that nothing is left behind."""
+
+    def room(self, client: Transport, num_bytes: int) -> memoryview:
+        """Memory that the client can pull into, valid until the test ends."""
+        return memoryview(bytearray(num_bytes))
+
+    def leftovers(self) -> list[str]:
+        """After both ends are closed: what remains beside threads and descriptors of this process, in words."""
+        return []
+
+    @pytest.fixture(autouse=True)
+    def _nothing_is_left(self) -> Iterator[None]:
+        """Runs around a suite's fixtures: whatever they open is closed before it looks."""
+        before = open_things()
+        yield
+        wait_until(lambda: open_things().is_within(before), what=f"no more than {before} to be open")
+        assert self.leftovers() == []
+
+
+class TransportContract(DataPathSuite):
     """Subclass this; pytest collects the subclass."""
 
     # What a subclass provides.
@@ -52,23 +72,7 @@ class TransportContract:
         """Memory with `data` that the server can offer, writable, valid until the test ends."""
         return memoryview(bytearray(data))
 
-    def room(self, client: Transport, num_bytes: int) -> memoryview:
-        """Memory that the client can pull into, valid until the test ends."""
-        return memoryview(bytearray(num_bytes))
-
-    def leftovers(self) -> list[str]:
-        """After both ends are closed: what remains beside threads and descriptors of this process, in words."""
-        return []
-
     # The suite.
-
-    @pytest.fixture(autouse=True)
-    def _nothing_is_left(self) -> Iterator[None]:
-        """Runs around the fixtures below: whatever they open is closed before it looks."""
-        before = open_things()
-        yield
-        wait_until(lambda: open_things().is_within(before), what=f"no more than {before} to be open")
-        assert self.leftovers() == []
 
     @pytest.fixture
     def server(self, _nothing_is_left: None) -> Iterator[TransportServer]:

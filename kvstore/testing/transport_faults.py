@@ -27,7 +27,7 @@ from cluster.errors import LearnonceError
 from kvstore.interfaces import OnBytes
 from kvstore.testing.poll import wait_until
 from kvstore.testing.samples import sample_payload
-from kvstore.testing.transport import KIB, LATE_S, MIB, Things, open_things, soon
+from kvstore.testing.transport import KIB, LATE_S, MIB, DataPathSuite, Things, soon
 from kvstore.transport import Offer, OfferRefusedError, PeerGoneError, Transport, TransportServer
 from kvstore.transport.tcp import TcpServer
 from kvstore.transport.tcp_wire import parse_address
@@ -142,7 +142,8 @@ class PeerProcess:
         self._process.stdin.flush()
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError(f"the peer's process ended with {self._process.wait()}")
+            self._reap()
+            raise RuntimeError(f"the peer's process ended with {self._process.returncode}")
         return json.loads(line)
 
     def _reap(self) -> None:
@@ -152,7 +153,7 @@ class PeerProcess:
                 pipe.close()
 
 
-class TransportFaultContract:
+class TransportFaultContract(DataPathSuite):
     """Subclass this; pytest collects the subclass."""
 
     # What a subclass provides.
@@ -173,22 +174,7 @@ class TransportFaultContract:
         """A puller's end in this process."""
         raise NotImplementedError
 
-    def room(self, client: Transport, num_bytes: int) -> memoryview:
-        """Memory that the client can pull into, valid until the test ends."""
-        return memoryview(bytearray(num_bytes))
-
-    def leftovers(self) -> list[str]:
-        """After both ends are gone: what remains beside threads and descriptors, in words."""
-        return []
-
     # The suite.
-
-    @pytest.fixture(autouse=True)
-    def _nothing_is_left(self) -> Iterator[None]:
-        before = open_things()
-        yield
-        wait_until(lambda: open_things().is_within(before), what=f"no more than {before} to be open")
-        assert self.leftovers() == []
 
     @pytest.fixture
     def peer(self, _nothing_is_left: None) -> Iterator[PeerProcess]:

@@ -83,8 +83,7 @@ class SealedTier:
     ) -> Header | None:
         """Read and open one record; `on_bytes` is told only when all of it has been proven."""
         entry = None if key in self._foreign else self.inner.entry(key)
-        payload_bytes = plain_payload_bytes(entry.payload_bytes) if entry is not None else None
-        if entry is None or payload_bytes is None or len(view) != stored_bytes(payload_bytes):
+        if entry is None or len(view) != stored_bytes(_plain_bytes(entry)):
             return None
         with self._buffers.take(entry.stored_bytes) as buffer:
             if self.inner.read_into(key, buffer, stop_s=stop_s) is None:
@@ -97,10 +96,7 @@ class SealedTier:
     def entry(self, key: ChunkKey) -> TierEntry | None:
         """What is known about a key: the plain payload's length, and the room that the sealed record takes."""
         entry = None if key in self._foreign else self.inner.entry(key)
-        payload_bytes = plain_payload_bytes(entry.payload_bytes) if entry is not None else None
-        if entry is None or payload_bytes is None:
-            return None
-        return msgspec.structs.replace(entry, payload_bytes=payload_bytes)
+        return None if entry is None else msgspec.structs.replace(entry, payload_bytes=_plain_bytes(entry))
 
     def contains(self, key: ChunkKey) -> bool:
         """Whether the inner tier has the record, and it is not known to be of another key."""
@@ -151,6 +147,14 @@ class SealedTier:
             was_foreign = key in self._foreign
             self._foreign.pop(key, None)
         return was_foreign
+
+
+def _plain_bytes(entry: TierEntry) -> int:
+    """The plain payload's length; of what is too short to be sealed its own, so that a reader finds it out.
+
+    Names of objects do not tell which records are sealed. A plain one is known until it is read, and dropped then.
+    """
+    return plain_payload_bytes(entry.payload_bytes) or entry.payload_bytes
 
 
 def _plain_record_bytes(sealed: bytearray) -> int:

@@ -11,12 +11,14 @@ address carries a MAC under the cluster's secret, and nothing unsigned reaches N
 import hashlib
 import hmac
 import struct
+from collections.abc import Callable
 from typing import Final, TypeVar
 
 import msgspec
 
 from cluster.errors import InvariantError
 from kvstore.transport import MAX_HANDLE_BYTES, OfferRefusedError, PeerGoneError
+from kvstore.untrusted import UNDECODABLE, decoder_of
 
 MAX_FRAME_BYTES: Final = 64 << 10
 """Largest control message; metadata of an agent is 0.3 to 0.5 KB with TCP (measured)."""
@@ -148,7 +150,7 @@ def _open(data: bytes, kind: type[Signed], secret: bytes, purpose: bytes) -> Sig
         raise OfferRefusedError(f"{kind.__name__.lower()} of {len(data)} bytes is not signed with the cluster's secret")
     try:
         return msgspec.msgpack.decode(body, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except UNDECODABLE as error:
         raise OfferRefusedError(f"signed, but no {kind.__name__.lower()} of this version: {error}") from error
 
 
@@ -237,9 +239,6 @@ class Pong(msgspec.Struct, frozen=True, tag="pong"):
 
 Report = Ready | Unusable | Done | Failed | Pong
 
-_ORDERS: Final = msgspec.msgpack.Decoder(Order)
-_REPORTS: Final = msgspec.msgpack.Decoder(Report)
-
 
 def encode(message: Order | Report) -> bytes:
     """One message as one packet of a `SOCK_SEQPACKET` socket.
@@ -253,27 +252,11 @@ def encode(message: Order | Report) -> bytes:
     return frame
 
 
-def decode_order(frame: bytes) -> Order:
-    """A message of the store.
-
-    Raises:
-        SidecarFrameError: Something else.
-    """
-    try:
-        order: Order = _ORDERS.decode(frame)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise SidecarFrameError(f"the store sent what is no order: {error}") from error
-    return order
-
-
-def decode_report(frame: bytes) -> Report:
-    """A message of the sidecar.
-
-    Raises:
-        SidecarFrameError: Something else.
-    """
-    try:
-        report: Report = _REPORTS.decode(frame)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise SidecarFrameError(f"the sidecar sent what is no report: {error}") from error
-    return report
+decode_order: Final[Callable[[bytes], Order]] = decoder_of(
+    Order, what="the store sent what is no order", refusal=SidecarFrameError
+)
+"""A message of the store, or `SidecarFrameError`."""
+decode_report: Final[Callable[[bytes], Report]] = decoder_of(
+    Report, what="the sidecar sent what is no report", refusal=SidecarFrameError
+)
+"""A message of the sidecar, or `SidecarFrameError`."""

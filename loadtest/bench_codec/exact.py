@@ -15,7 +15,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from loadtest.bench_codec.measures import log_probabilities
+from loadtest.agreement import log_probabilities
 
 
 class ExactModel:

@@ -12,8 +12,9 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from loadtest.agreement import Interval, bootstrap
 from loadtest.bench_codec import INT8_BITS
-from loadtest.bench_codec.measures import Curve, CurvePoint, Interval, bootstrap
+from loadtest.bench_codec.measures import Curve, CurvePoint
 
 OURS: Final = "transform"
 BASELINE: Final = "cachegen"

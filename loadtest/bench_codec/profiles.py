@@ -21,7 +21,7 @@ from loadtest.bench_codec import CodecBenchSettings, Log
 from loadtest.bench_codec.exact import ExactModel, Tokenizer, kv_shape
 from loadtest.bench_codec.schemes import CachegenScheme, CodecScheme, Scheme, TransformScheme
 from loadtest.bench_codec.texts import calibration_documents
-from loadtest.bench_codec.work import Work, reference_name
+from loadtest.work import Work, reference_name
 
 _PLAIN: Final = ("int4", "int8", "lossless", "raw")
 _CALIBRATION_TOKENS: Final = 2048

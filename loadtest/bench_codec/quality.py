@@ -12,17 +12,19 @@ from typing import Any, Final
 import torch
 
 from cluster.errors import InvariantError
+from loadtest.agreement import Agreement, agreement
 from loadtest.bench_codec import CHUNK_TOKENS, CONTINUATION_TOKENS, CodecBenchSettings, Log
 from loadtest.bench_codec.contenders import Contender, LmcacheContender, SchemeContender
 from loadtest.bench_codec.exact import ExactModel, Tokenizer
 from loadtest.bench_codec.figures import quality_detail, quality_figures
 from loadtest.bench_codec.lmcache_reference import LmcacheUnusableError
-from loadtest.bench_codec.measures import Agreement, agreement, bits_per_element, stored_bits_per_element
+from loadtest.bench_codec.measures import bits_per_element, stored_bits_per_element
 from loadtest.bench_codec.profiles import read_schemes
-from loadtest.bench_codec.schemes import CachegenScheme, identities
-from loadtest.bench_codec.texts import Document, data_folder, read_documents
-from loadtest.bench_codec.work import Work, code_fingerprint, reference_name
+from loadtest.bench_codec.schemes import CachegenScheme, rows_fingerprint
+from loadtest.bench_codec.texts import Document, read_documents
 from loadtest.bench_store import Measured
+from loadtest.data import data_folder
+from loadtest.work import Work, reference_name
 
 Row = dict[str, Any]
 
@@ -50,7 +52,7 @@ def measure(settings: CodecBenchSettings, *, log: Log) -> Measured:
     documents = read_documents(
         settings.data, count=settings.num_documents, num_tokens=num_tokens, tokenize=Tokenizer(settings.model)
     )
-    work = Work(settings.work, fingerprint=code_fingerprint("quality", settings.model, identities(schemes)))
+    work = Work(settings.work, fingerprint=rows_fingerprint("quality", model=settings.model, schemes=schemes))
     run = QualityRun(ExactModel.load(settings.model), model_name=settings.model, work=work, contexts=settings.contexts)
     began_s = time.perf_counter()
     for index, document in enumerate(documents):

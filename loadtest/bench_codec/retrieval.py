@@ -17,15 +17,16 @@ from typing import Any, Final
 import numpy as np
 import torch
 
+from loadtest.agreement import bootstrap
 from loadtest.bench_codec import CodecBenchSettings, Log
 from loadtest.bench_codec.contenders import decode_chunks, encode_chunks
 from loadtest.bench_codec.exact import ExactModel, Tokenizer
-from loadtest.bench_codec.measures import bootstrap
 from loadtest.bench_codec.profiles import read_schemes
-from loadtest.bench_codec.schemes import Scheme, identities
-from loadtest.bench_codec.texts import Lookup, Tokenize, read_lookups
-from loadtest.bench_codec.work import Work, code_fingerprint
+from loadtest.bench_codec.schemes import Scheme, rows_fingerprint
+from loadtest.bench_codec.texts import Tokenize
 from loadtest.bench_store import Measured
+from loadtest.data import Lookup, read_lookups
+from loadtest.work import Work
 
 NUM_PAIRS: Final = 5
 EXACT: Final = "exact"
@@ -73,7 +74,7 @@ def measure(settings: CodecBenchSettings, *, log: Log) -> Measured:
     lookups = read_lookups(settings.data, count=settings.num_retrievals, num_pairs=NUM_PAIRS)
     schemes, _ = read_schemes(settings, log=log)
     tokenize = Tokenizer(settings.model)
-    work = Work(settings.work, fingerprint=code_fingerprint("retrieval", settings.model, identities(schemes)))
+    work = Work(settings.work, fingerprint=rows_fingerprint("retrieval", model=settings.model, schemes=schemes))
     exact = ExactModel.load(settings.model)
     points = [EXACT, *(point for scheme in schemes for point in scheme.points)]
     began_s = time.perf_counter()

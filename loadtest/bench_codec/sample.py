@@ -11,7 +11,7 @@ import torch
 from loadtest.bench_codec import CHUNK_TOKENS, CodecBenchSettings, Log
 from loadtest.bench_codec.exact import ExactModel, Tokenizer
 from loadtest.bench_codec.texts import Document, installed_document, read_documents
-from loadtest.bench_codec.work import Work, reference_name
+from loadtest.work import Work, reference_name
 
 SAMPLE_CHUNKS: Final = 4
 

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+import kvstore.codecs
+import loadtest.bench_codec
 from kvstore.codecs import Codec
 from kvstore.codecs.cachegen import CachegenCodec
 from kvstore.codecs.cachegen_profile import CachegenProfile
@@ -21,6 +23,7 @@ from kvstore.codecs.profile import Profile
 from kvstore.codecs.stream import truncate
 from kvstore.codecs.transform import TransformCodec
 from kvstore.interfaces import ChunkMeta
+from loadtest.work import code_fingerprint
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,9 +183,10 @@ def chunk_meta(kv_L2TNH: torch.Tensor, *, codec: str, base_position: int, profil
     )
 
 
-def identities(schemes: Sequence[Scheme]) -> tuple[tuple[str, ...], ...]:
-    """What makes rows of these schemes comparable: names of points, ids of profiles."""
-    return tuple((*scheme.points, *_profile_id(scheme)) for scheme in schemes)
+def rows_fingerprint(part: str, *, model: str, schemes: Sequence[Scheme]) -> str:
+    """What makes rows of a part comparable: the codecs' code, names of points, ids of profiles."""
+    identities = tuple((*scheme.points, *_profile_id(scheme)) for scheme in schemes)
+    return code_fingerprint(part, model, identities, packages=(kvstore.codecs, loadtest.bench_codec))
 
 
 def _profile_id(scheme: Scheme) -> tuple[str, ...]:

@@ -19,12 +19,13 @@ from typing import Any, Final
 
 import torch
 
-from kvstore.codecs.transform import OpenTransformChunk
+from kvstore.codecs.transform import OpenTransformChunk, TransformCodec
 from loadtest.bench_codec import CodecBenchSettings, Log
 from loadtest.bench_codec.figures import family
 from loadtest.bench_codec.profiles import read_schemes
 from loadtest.bench_codec.sample import Sample, read_sample
 from loadtest.bench_codec.schemes import CachegenScheme, Encoded, Scheme, TransformScheme, transform_of
+from loadtest.bench_codec.stages import decode_stages_s
 from loadtest.bench_store import Measured
 
 _ROUNDS: Final = 9
@@ -34,7 +35,6 @@ _KL01_POINT: Final = "transform-1"
 that level (`loadtest.bench_codec.parts`)."""
 _ONE_THREAD: Final = f"decode {_KL01_POINT}, one thread"
 _ONE_LAYER: Final = f"decode one layer of {_KL01_POINT}, one thread"
-_SYMBOLS: Final = f"decode symbols of {_KL01_POINT}, one thread"
 _PAGE_TOKENS: Final = 32
 """Tokens of a block of the engine on the CPU."""
 
@@ -70,6 +70,7 @@ def measure(settings: CodecBenchSettings, *, log: Log) -> Measured:
     if transform is not None:
         figures = {"decode_gb_per_s": gb_per_s[paged_job(_KL01_POINT)], "encode_gb_per_s": gb_per_s["encode transform"]}
         detail["transform"] = _shares(medians_s, transform)
+        detail["transform_stages_s"] = _stages_s(transform, sample)
     for name, rate in gb_per_s.items():
         log(f"speed: {name}: {rate:.3f} GB/s")
     return Measured(figures=figures, detail=detail)
@@ -143,20 +144,13 @@ def _transform_jobs(
         for chunk in chunks:
             chunk.decode(num_layers // 2, out_2TNH=one_2TNH)
 
-    def symbols() -> None:
-        num_levels = 1 + scheme.points.index(_KL01_POINT)
-        for chunk in chunks:
-            for layer in range(num_layers):
-                for group in range(scheme.profile.groups):
-                    chunk.symbols(layer, group=group, num_levels=num_levels)
-
     def one_thread() -> None:
         for chunk in chunks:
             for layer in range(num_layers):
                 chunk.decode(layer, out_2TNH=one_2TNH)
 
     paged: dict[str, Job] = {paged_job(point): partial(to_pages, point) for point in opened}
-    return {**paged, _ONE_LAYER: one_layer, _SYMBOLS: symbols, _ONE_THREAD: one_thread}
+    return {**paged, _ONE_LAYER: one_layer, _ONE_THREAD: one_thread}
 
 
 def paged_job(point: str) -> str:
@@ -192,16 +186,22 @@ def decode_chunk_to_pages(chunk: OpenTransformChunk, pages: torch.Tensor) -> Non
 
 
 def _shares(medians_s: Mapping[str, float], transform: TransformScheme) -> dict[str, float]:
-    """Where the time of one thread goes, and what a layer alone costs."""
-    whole_s, symbols_s = medians_s[_ONE_THREAD], medians_s[_SYMBOLS]
+    """What one thread takes, what a layer alone costs, and what cores gain."""
+    whole_s = medians_s[_ONE_THREAD]
     return {
         "one_thread_s": whole_s,
-        "entropy_and_checksum_ratio": symbols_s / whole_s,
-        "inverse_rotate_round_ratio": 1 - symbols_s / whole_s,
         "one_layer_over_its_share_ratio": medians_s[_ONE_LAYER] * transform.profile.num_layers / whole_s,
         "cores_speedup": whole_s / medians_s[f"decode {_KL01_POINT}"],
         "copy_ratio": medians_s["floor: copy"] / medians_s[paged_job(_KL01_POINT)],
     }
+
+
+def _stages_s(transform: TransformScheme, sample: Sample) -> dict[str, float]:
+    """Where one thread's time goes in decoding the first chunk."""
+    codec = TransformCodec(transform.profile)
+    points = {each.point: each for each in transform.encode(sample.chunks[0], base_position=0)}
+    chunk = points[_KL01_POINT]
+    return decode_stages_s(codec, chunk.payload, meta=chunk.meta)
 
 
 def time_jobs(jobs: Mapping[str, Job], *, rounds: int) -> dict[str, float]:

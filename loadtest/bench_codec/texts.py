@@ -6,22 +6,17 @@ German (`loadtest.bench_codec.german`); they lie beside the project (`--data`), 
 Calibration takes its text from elsewhere: a novel's first half, other passages. Here stand second halves only.
 """
 
-import gzip
 import importlib.util
 import itertools
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-from cluster.errors import CallerError, UnavailableError
+from cluster.errors import CallerError
 from loadtest.bench_codec.german import german_text
+from loadtest.data import ARTICLES, NOVEL, PASSAGES, data_folder, data_rows
 
-_NOVEL: Final = "b_long_moby_dick.jsonl.gz"
-_PASSAGES: Final = "a_qa_nq_oracle_2655.jsonl.gz"
-_ARTICLES: Final = "a_qa_xquad_en_1190.jsonl.gz"
-_LOOKUPS: Final = "b_kv_retrieval_75_100.jsonl.gz"
 _KINDS: Final = ("novel", "code", "passages", "german", "articles", "novel", "code", "novel")
 """One round of documents; more are further pieces in the same order."""
 _MODULES: Final = ("tarfile", "typing", "doctest", "smtplib", "pdb", "mailbox", "turtle", "optparse")
@@ -31,10 +26,6 @@ _CHARS_PER_TOKEN: Final = 6
 """More than any of these texts has, so that every cut holds enough tokens."""
 
 Tokenize = Callable[[str], list[int]]
-
-
-class DataMissingError(UnavailableError):
-    """A text that a part needs is not on this machine; name its folder with `--data`."""
 
 
 class TextTooShortError(CallerError):
@@ -50,13 +41,6 @@ class Document:
     ids: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Lookup:
-    """Pairs of random identifiers: any key may be asked for."""
-
-    pairs: tuple[tuple[str, str], ...]
-
-
 def read_documents(data: Path | None, *, count: int, num_tokens: int, tokenize: Tokenize) -> list[Document]:
     """`count` documents of exactly `num_tokens` tokens.
 
@@ -69,9 +53,9 @@ def read_documents(data: Path | None, *, count: int, num_tokens: int, tokenize: 
     makers: dict[str, Iterator[tuple[str, str]]] = {
         "novel": _novel(folder, num_chars),
         "code": _code(num_chars),
-        "passages": _joined(_texts_of(folder / _PASSAGES, first_half=False), "nq passages", num_chars),
+        "passages": _joined(_texts_of(folder / PASSAGES, first_half=False), "nq passages", num_chars),
         "german": ((f"generated german {seed}", german_text(num_chars, seed=seed)) for seed in itertools.count(1)),
-        "articles": _joined(_texts_of(folder / _ARTICLES, first_half=False), "xquad articles", num_chars),
+        "articles": _joined(_texts_of(folder / ARTICLES, first_half=False), "xquad articles", num_chars),
     }
     documents = []
     for kind in itertools.islice(itertools.cycle(_KINDS), count):
@@ -92,12 +76,12 @@ def calibration_documents(data: Path | None, *, num_tokens: int, tokenize: Token
     """
     folder = data_folder(data)
     num_chars = _CHARS_PER_TOKEN * num_tokens
-    novel = str(next(_rows(folder / _NOVEL))["text"])
+    novel = str(next(data_rows(folder / NOVEL))["text"])
     texts = {
         "novel": novel[len(novel) // 8 :][:num_chars],
         "code": _module_text(_CALIBRATION_MODULE) or "",
-        "passages": "\n\n".join(_texts_of(folder / _PASSAGES, first_half=True))[:num_chars],
-        "articles": "\n\n".join(_texts_of(folder / _ARTICLES, first_half=True))[:num_chars],
+        "passages": "\n\n".join(_texts_of(folder / PASSAGES, first_half=True))[:num_chars],
+        "articles": "\n\n".join(_texts_of(folder / ARTICLES, first_half=True))[:num_chars],
     }
     documents = []
     for kind, text in texts.items():
@@ -121,42 +105,9 @@ def installed_document(*, num_tokens: int, tokenize: Tokenize) -> Document:
     return Document(name=name, kind="code", ids=tuple(ids))
 
 
-def read_lookups(data: Path | None, *, count: int, num_pairs: int) -> list[Lookup]:
-    """The first `num_pairs` pairs of `count` rows of the look-up task.
-
-    Raises:
-        DataMissingError: There is no data folder, or the file is missing in it.
-    """
-    rows = itertools.islice(_rows(data_folder(data) / _LOOKUPS), count)
-    return [
-        Lookup(pairs=tuple((str(key), str(value)) for key, value in row["ordered_kv_records"][:num_pairs]))
-        for row in rows
-    ]
-
-
-def data_folder(data: Path | None) -> Path:
-    """The folder of texts.
-
-    Raises:
-        DataMissingError: Nobody named one.
-    """
-    if data is None:
-        raise DataMissingError("no folder of texts: name it with --data or LEARNONCE_DATA")
-    return data
-
-
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    try:
-        with gzip.open(path, "rt", encoding="utf-8") as lines:
-            for line in lines:
-                yield json.loads(line)
-    except OSError as error:
-        raise DataMissingError(f"{path.name} cannot be read in {path.parent}: {error}") from error
-
-
 def _novel(folder: Path, num_chars: int) -> Iterator[tuple[str, str]]:
     """Pieces of the second half, each from the start of a paragraph, spread so that few documents do not overlap."""
-    text = str(next(_rows(folder / _NOVEL))["text"])
+    text = str(next(data_rows(folder / NOVEL))["text"])
     half = len(text) // 2
     slots = max(1, half // num_chars)
     # Far pieces first: 0, slots/2, slots/4, ...
@@ -184,7 +135,7 @@ def _module_text(module: str) -> str | None:
 
 def _texts_of(path: Path, *, first_half: bool) -> list[str]:
     """Distinct passages of one half of a file's rows; those that both halves have belong to the first."""
-    rows = list(_rows(path))
+    rows = list(data_rows(path))
     half = len(rows) // 2
     first, second = (
         [f"{each['title']}\n{each['text']}" for row in part for each in row["chunks"]]

@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 import pytest
 from support.workers import CHAT, SECRET, eventually, make_plan, noop_pair, place, remote
-from support.workers_suite import EndingSuite, PlanSuite, RemoteSuite, salt
+from support.workers_suite import EndingSuite, JoinSuite, PlanSuite, RemoteSuite, salt
 
 from cluster.clock import ManualClock
 from kvstore.engine.serving import Gate
@@ -35,6 +35,10 @@ class TestRemote(RemoteSuite):
     pass
 
 
+class TestJoin(JoinSuite):
+    pass
+
+
 class TestEnding(EndingSuite):
     pass
 
@@ -49,6 +53,7 @@ class TestLife:
             assert report.peer.url == worker.url
             assert report.scope == pair.scope
             assert (report.model, report.draining, report.running_requests) == ("noop", False, 0)
+            assert report.joins
             worker.check_health()
 
     async def test_a_report_counts_what_is_inside(self, pair, salt):

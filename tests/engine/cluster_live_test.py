@@ -65,6 +65,39 @@ def test_demo_reuses_and_answers(cluster):
     assert f"{rows[0].warm.prompt_tokens:,}" in text
 
 
+async def test_documents_in_another_order_are_joined(cluster):
+    """Learned once by the prefill replica, then used by requests in any order, and answered like a full prefill."""
+    expected = load_questions()[0]
+    page = expected.document
+    others = [other for other in load_documents().values() if other != page][:2]
+
+    async def ask(api, documents, quality):
+        raw = await api.chat.completions.with_raw_response.create(
+            model="SmolLM2-135M-Instruct",
+            messages=[{"role": "user", "content": expected.text}],
+            max_completion_tokens=32,
+            temperature=0.0,
+            extra_body={"documents": documents, "quality": quality, "cache_salt": "joins"},
+        )
+        return raw.headers, raw.parse()
+
+    async with openai.AsyncOpenAI(base_url=f"{cluster.url}/v1", api_key="none", max_retries=0, timeout=120) as api:
+        headers, first = await ask(api, [*others, page], "high")
+        assert headers["x-learnonce-join"] == "query_aware;share=0.15"
+        assert first.usage.prompt_tokens_details.cached_tokens < 100, "its passages were computed for it"
+        headers, second = await ask(api, [page, *reversed(others)], "fast")
+        assert headers["x-learnonce-join"] == "query_aware;share=0.05"
+        cached, prompt = second.usage.prompt_tokens_details.cached_tokens, second.usage.prompt_tokens
+        assert 0.9 * (prompt - 100) < cached < prompt
+        headers, exact = await ask(api, [page, *reversed(others)], "exact")
+        assert "x-learnonce-join" not in headers
+        assert exact.usage.prompt_tokens_details.cached_tokens < cached
+    answers = [answer.choices[0].message.content for answer in (first, second, exact)]
+    print("\n" + "\n".join(answers))
+    assert expected.expects in answers[1]
+    assert cluster.metric("learnonce_router_plans_total", mode="joined") == 2
+
+
 BAD = [
     (b"{not json", 400),
     (b"[]", 400),

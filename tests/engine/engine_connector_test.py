@@ -52,7 +52,6 @@ class Case:
     """A prompt of its own, its chunks, and the answer that a plain computation gives."""
 
     def __init__(self, number: int, engine: EngineProcess, *, num_spans: int = NUM_SPANS) -> None:
-        assert engine.scope is not None
         held = SPAN_TOKENS * num_spans
         draw = random.Random(number)
         self.prompt = [draw.randrange(100, 40000) for _ in range(held + TAIL_TOKENS)]
@@ -106,7 +105,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         engine("loader", 1, 64, tiny) as loader,
     ):
         try:
-            world = World(saver.wait_ready(), loader.wait_ready(), store)
+            assert saver.scope == loader.scope
+            world = World(saver, loader, store)
             yield world
             world.client.close()
         finally:

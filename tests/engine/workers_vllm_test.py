@@ -10,7 +10,7 @@ import psutil
 import pytest
 from support.openai_suite import OpenAISuite
 from support.workers import SECRET, Pair, eventually, make_plan, remote
-from support.workers_suite import EndingSuite, PlanSuite, RemoteSuite, salt
+from support.workers_suite import EndingSuite, JoinSuite, PlanSuite, RemoteSuite, salt
 from support.workers_vllm import VLLM, node_store, start_worker
 
 from kvstore.engine.worker import EXIT_ENGINE_DEAD
@@ -85,6 +85,10 @@ class TestPlan(PlanSuite):
 
 
 class TestRemote(RemoteSuite):
+    pass
+
+
+class TestJoin(JoinSuite):
     pass
 
 

@@ -197,3 +197,18 @@ def test_escapes_that_point_anywhere() -> None:
         mend(damaged)
         with pytest.raises(CodecDataError, match="escape"):
             codec.decode(memoryview(damaged), meta=meta)
+
+
+def test_an_escape_stands_once_and_in_its_order() -> None:
+    """Twice the same place would be decoded as whoever decodes likes it."""
+    profile, meta, payload = sample()
+    codec, at = TransformCodec(profile), PayloadParts(payload).starts[1]
+    count, first, _, second, _ = struct.unpack_from("<IIhIh", payload, at)
+    assert count >= 2
+    for indices in ((first, first), (second, first), (second, second)):
+        damaged = bytearray(payload)
+        for escape, index in enumerate(indices):
+            struct.pack_into("<I", damaged, at + 4 + 6 * escape, index)
+        mend(damaged)
+        with pytest.raises(CodecDataError, match="order"):
+            codec.decode(memoryview(damaged), meta=meta)

@@ -5,7 +5,7 @@ tier pauses and comes back, and nothing is left behind.
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import obstore
@@ -15,7 +15,6 @@ from support.object_nodes import (
     PAYLOAD_BYTES,
     QUICK,
     SCHEDULING_S,
-    SECRET,
     Nodes,
     list_names,
     longest_s,
@@ -29,29 +28,6 @@ from kvstore.testing.s3 import Fault, S3Process, unanswered_port, unused_port
 from kvstore.testing.samples import sample_key
 from kvstore.testing.tier import put_record, record_of
 from kvstore.tiers.object_names import object_name
-
-
-@pytest.fixture(scope="module")
-def running() -> Iterator[S3Process]:
-    with S3Process() as server:
-        yield server
-
-
-@pytest.fixture
-def server(running: S3Process) -> Iterator[S3Process]:
-    running.set_fault(None)
-    yield running
-    running.set_fault(None)
-
-
-@pytest.fixture
-def nodes(server: S3Process, caplog: pytest.LogCaptureFixture) -> Iterator[Nodes]:
-    caplog.set_level(logging.DEBUG)
-    nodes = Nodes(server)
-    yield nodes
-    server.set_fault(None)
-    nodes.close()
-    assert SECRET not in caplog.text
 
 
 @pytest.fixture

@@ -1,8 +1,6 @@
 """The object tier of several nodes on one bucket: writers of one key, losses, capacity; settings that cannot work."""
 
-import logging
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import obstore
@@ -21,30 +19,6 @@ from kvstore.testing.s3 import Fault, S3Process
 from kvstore.testing.samples import sample_key
 from kvstore.testing.tier import put_record, record_of
 from kvstore.tiers.object import ObjectTier, open_object_tier
-
-
-@pytest.fixture(scope="module")
-def running() -> Iterator[S3Process]:
-    with S3Process() as server:
-        yield server
-
-
-@pytest.fixture
-def server(running: S3Process) -> Iterator[S3Process]:
-    running.set_fault(None)
-    yield running
-    running.set_fault(None)
-
-
-@pytest.fixture
-def nodes(server: S3Process, caplog: pytest.LogCaptureFixture) -> Iterator[Nodes]:
-    caplog.set_level(logging.DEBUG)
-    nodes = Nodes(server)
-    yield nodes
-    server.set_fault(None)
-    nodes.close()
-    assert SECRET not in caplog.text
-
 
 # Several nodes.
 

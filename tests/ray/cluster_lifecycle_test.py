@@ -87,6 +87,47 @@ def test_explain_tells_learned_from_unknown(cluster, tmp_path):
     assert any("uncached" in line for line in lines), "the reasons are given"
 
 
+def test_documents_in_another_order_are_joined(cluster, tmp_path):
+    pages = [tmp_path / "gulls.txt", tmp_path / "ropes.txt"]
+    pages[0].write_text("Gulls nest on the eastern wall in April. " * 100)
+    pages[1].write_text("Ropes are tarred before the first frost. " * 100)
+    documents = [word for page in reversed(pages) for word in ("--document", str(page))]
+    learned = cluster.command("ask", "When?", *documents, "--quality", "high")
+    assert learned.returncode == 0, learned.stderr
+
+    body = {
+        "messages": [{"role": "user", "content": "Where?"}],
+        "documents": [{"title": page.stem, "text": page.read_text()} for page in pages],
+        "quality": "fast",
+        "max_tokens": 4,
+    }
+    request = urllib.request.Request(f"{cluster.url}/v1/chat/completions", data=json.dumps(body).encode())
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        headers, usage = dict(answer.headers.items()), json.load(answer)["usage"]
+    assert headers["x-learnonce-join"] == "query_aware;share=0.05"
+    passage_tokens = [d["tokens"] for d in _plan(cluster, *documents)["documents"]]
+    moved_tokens = passage_tokens[0]  # as the second document it stands where it was not learned
+    expected = usage["prompt_tokens"] - round(0.05 * moved_tokens)
+    assert expected - 40 < usage["prompt_tokens_details"]["cached_tokens"] < expected
+
+    plan = _plan(cluster, *documents, "--quality", "0.5")
+    assert plan["join"] == {"method": "query_aware", "share": 0.5}
+    assert [document["state"] for document in plan["documents"]] == ["held", "moved"]
+    shown = cluster.command("explain", "When?", *documents, "--quality", "fast").stdout
+    assert "joined by query_aware, 5% of moved tokens computed again" in shown
+    refused = cluster.command("ask", "When?", *documents, "--quality", "best")
+    assert refused.returncode == 2
+    assert "0 to 1" in refused.stderr
+    assert cluster.metric("learnonce_router_plans_total", mode="joined") == 2
+    assert cluster.metric("learnonce_router_learned_first_total", state="learned") == 2
+
+
+def _plan(cluster, *words):
+    done = cluster.command("explain", "When?", *words, "--json")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
 @pytest.mark.parametrize("title", ["NodeStoreActor", "ServeReplica:learnonce:Prefill", "ServeReplica:learnonce:Decode"])
 def test_a_killed_process_is_replaced_without_a_person(cluster, title):
     victim = until(lambda: cluster.process_named(title), within_s=60, what=f"{title} runs")

@@ -7,15 +7,16 @@ Does not cover: engines, placement (`tests/unit/router_policy_test.py`).
 import json
 import os
 import sys
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.router_fakes import make_tokenizer
+
+from kvstore.testing.poll import wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore")]
 
@@ -51,17 +52,10 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     )
     serve.run(router, name="learnonce", route_prefix="/")
     base = f"http://127.0.0.1:{port}"
-    wait_until(lambda: _status(base + "/ready") == 200)
+    wait_until(lambda: _status(base + "/ready") == 200, what="the router to be ready")
     yield base
     serve.shutdown()
     ray.shutdown()
-
-
-def wait_until(condition: Callable[[], bool], *, deadline_s: float = 30.0) -> None:
-    stop_s = time.monotonic() + deadline_s
-    while not condition():
-        assert time.monotonic() < stop_s
-        time.sleep(0.05)
 
 
 def _status(url: str) -> int:
@@ -109,4 +103,6 @@ def test_a_stream_arrives_before_it_ends_and_stops_with_the_client(url: str) -> 
         assert response.headers["content-type"] == "text/event-stream"
         assert response.readline() == b"data: first\n"
     handle = serve.get_deployment_handle("Decode", "learnonce")
-    wait_until(lambda: handle.cancelled.remote().result(timeout_s=10) == 1)
+    wait_until(
+        lambda: handle.cancelled.remote().result(timeout_s=10) == 1, what="the replica to see that the client has gone"
+    )

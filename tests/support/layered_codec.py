@@ -23,11 +23,15 @@ HEAD_BYTES = 8
 NUM_LEVELS = 2
 
 
-def tiny_profile(*, layers: int, heads: int, dim: int, levels: int = NUM_LEVELS, name: str = "tiny") -> Profile:
-    """A valid profile that codes nothing sensible; `name` makes its id."""
+def tiny_profile(
+    *, layers: int, heads: int, dim: int, levels: int = NUM_LEVELS, name: str = "tiny", digest: str = ""
+) -> Profile:
+    """A valid profile that codes nothing sensible; `name` and the model's `digest` make its id."""
     channels = heads * dim
-    frequencies = np.zeros((1, 3), np.uint16)
-    frequencies[0] = (1000, FREQUENCY_SUM - 2000, 1000)
+    half = FREQUENCY_SUM // 2
+    signs, bits = (half // 2, half, half // 2), (0, half, half)
+    table_ids = np.zeros((levels, channels, NUM_CONTEXTS), np.uint8)
+    table_ids[1:, :, 1:] = 1
     scales = np.ones(NUM_CLASSES, np.float32)
 
     def band() -> Band:
@@ -36,13 +40,13 @@ def tiny_profile(*, layers: int, heads: int, dim: int, levels: int = NUM_LEVELS,
             basis_RC=np.eye(channels, dtype=np.int8),
             scale_C=np.ones(channels, np.float32),
             rows_per_level=(channels,) * levels,
-            table_ids_VRX=np.zeros((levels, channels, NUM_CONTEXTS), np.uint8),
+            table_ids_VRX=table_ids,
             token_scales=scales,
         )
 
     return Profile(
         model=name,
-        model_digest="",
+        model_digest=digest,
         num_layers=layers,
         num_kv_heads=heads,
         head_dim=dim,
@@ -52,7 +56,7 @@ def tiny_profile(*, layers: int, heads: int, dim: int, levels: int = NUM_LEVELS,
         inv_freq=np.zeros(0, np.float32),
         is_neox=True,
         bands=tuple(((band(),), (band(),)) for _ in range(layers)),
-        frequencies_KS=frequencies,
+        frequencies_KS=np.array([signs, bits], np.uint16),
     )
 
 

@@ -112,6 +112,7 @@ class FakeReplica:
     queued_prompt_tokens: int = 0
     draining: bool = False
     has_store: bool = True
+    joins: bool = False
     num_metrics: int = 1
     answer: Callable[[web.Request, Plan], Awaitable[web.StreamResponse]] | None = None
     plans: list[Plan] = field(default_factory=list)
@@ -156,6 +157,7 @@ class FakeReplica:
             store=store if self.has_store else None,
             queued_prompt_tokens=self.queued_prompt_tokens,
             draining=self.draining,
+            joins=self.joins,
         )
 
     async def _metrics(self, _: web.Request) -> web.Response:

@@ -78,6 +78,70 @@ def make_prompt(scope, *lengths, salt="", first=300):
     return Prompt(ids=ids, spans=spans)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Passages:
+    """A prompt of an anchor, passages and a tail, whose passages can be learned one by one."""
+
+    scope: object
+    salt: str
+    anchor: list
+    passages: tuple
+    tail: list
+
+    @property
+    def whole(self):
+        """As an exact prompt: every key behind everything before it."""
+        return self._chained([self.anchor, *self.passages, self.tail], [SpanKind.PREFIX, *self._kinds, SpanKind.TAIL])
+
+    def alone(self, index):
+        """The anchor and one passage behind it: what learning it computes."""
+        return self._chained([self.anchor, self.passages[index]], [SpanKind.PREFIX, SpanKind.PASSAGE])
+
+    def joined(self, *, holes=()):
+        """The whole prompt with its passages as they were learned; those in `holes` nobody holds."""
+        anchor, *passages, tail = (msgspec.structs.replace(span, save=False) for span in self.whole.spans)
+        spans = [msgspec.structs.replace(anchor, held=True)]
+        for index, span in enumerate(passages):
+            learned = self.alone(index).spans[1]
+            # Directly behind the anchor a passage is exact.
+            base = learned.start if index else None
+            moved = msgspec.structs.replace(span, key=learned.key, held=True, base=base)
+            spans.append(span if index in holes else moved)
+        return Prompt(ids=self.whole.ids, spans=(*spans, tail))
+
+    def cached_tokens(self, share, *, holes=()):
+        """What need not be computed of the joined prompt."""
+        exact = 0 if 0 in holes else len(self.passages[0])
+        moved = sum(len(ids) for index, ids in enumerate(self.passages) if index and index not in holes)
+        return len(self.anchor) + exact + moved - round(share * moved)
+
+    @property
+    def _kinds(self):
+        return [SpanKind.PASSAGE] * len(self.passages)
+
+    def _chained(self, parts, kinds):
+        keys = chain_keys(root_key(self.scope, salt=self.salt), parts)
+        spans, start = [], 0
+        for key, part, kind in zip(keys, parts, kinds, strict=True):
+            stop = start + len(part)
+            spans.append(Span(key=key, start=start, stop=stop, kind=kind, held=False, save=kind is not SpanKind.TAIL))
+            start = stop
+        return Prompt(ids=[i for part in parts for i in part], spans=tuple(spans))
+
+
+def unsaved(prompt):
+    """The same prompt, of which nothing is kept."""
+    return Prompt(ids=prompt.ids, spans=tuple(msgspec.structs.replace(span, save=False) for span in prompt.spans))
+
+
+def make_passages(scope, salt, *lengths, anchor=40, tail=20):
+    """Passages of these lengths; none begins like another."""
+    parts = [
+        [300 + (i * 37 + n * 101) % 2000 for i in range(length)] for n, length in enumerate((anchor, *lengths, tail))
+    ]
+    return Passages(scope=scope, salt=salt, anchor=parts[0], passages=tuple(parts[1:-1]), tail=parts[-1])
+
+
 def make_plan(prompt=None, **values):
     """A plan that is valid for a minute."""
     now = time.time()

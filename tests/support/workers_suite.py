@@ -9,9 +9,9 @@ import uuid
 import aiohttp
 import pytest
 from aiohttp import web
-from support.workers import CHAT, SECRET, TEXT, eventually, make_plan, remote, stand_in
+from support.workers import CHAT, SECRET, TEXT, eventually, make_passages, make_plan, remote, stand_in, unsaved
 
-from kvstore.wire import PLAN_HEADER, Refusal, sign_plan
+from kvstore.wire import PLAN_HEADER, JoinPlan, Refusal, sign_plan
 
 FALLBACKS = "learnonce_decode_fallbacks_total"
 
@@ -241,6 +241,68 @@ class RemoteSuite:
                 async with session.post(pair.prefill_url + "/internal/prefill", headers=header) as response:
                     assert response.status == status
                     assert (await response.json())["error"]["code"] == status
+
+
+JOIN = JoinPlan("first_k", 0.25)
+
+
+class JoinSuite:
+    """Passages that were learned one by one are moved and joined."""
+
+    lengths = (60, 70, 50)
+
+    async def learned(self, pair, salt, *indexes, lengths=None):
+        passages = make_passages(pair.scope, salt, *(lengths or self.lengths))
+        for index in indexes:
+            prompt = passages.alone(index)
+            status, answer = await pair.prefill(remote(prompt, pair.prefill_url, cache_salt=salt))
+            assert (status, answer["held"]) == (200, [True, True])
+        return passages
+
+    async def test_learned_passages_are_joined_and_said_to_be(self, pair, salt):
+        passages = await self.learned(pair, salt, 0, 1, 2)
+        answer = await pair.ask(make_plan(passages.joined(), join=JOIN, cache_salt=salt))
+        assert (answer.status, answer.mode) == (200, "local")
+        assert answer.headers["x-learnonce-join"] == "first_k;share=0.25"
+        assert answer.headers["x-learnonce-load-tokens"] == str(40 + sum(self.lengths))
+        assert answer.cached_tokens == passages.cached_tokens(0.25)
+        # Behind a moved passage nothing is what an exact key says.
+        exact_keys = passages.whole.keys[2:]
+        assert not any(await asyncio.to_thread(pair.store.lookup, exact_keys, deadline_s=1.0))
+
+    async def test_all_of_it_computed_again_is_a_full_prefill(self, pair, salt):
+        passages = await self.learned(pair, salt, 0, 1, 2)
+        full = await pair.ask(make_plan(unsaved(passages.whole), cache_salt=salt + "full"))
+        joined = await pair.ask(make_plan(passages.joined(), join=JoinPlan("first_k", 1.0), cache_salt=salt))
+        assert joined.text == full.text
+        assert joined.cached_tokens == 40 + self.lengths[0]
+
+    @pytest.mark.parametrize("hole", [0, 1, 2])
+    async def test_what_nobody_holds_is_computed_in_place(self, pair, salt, hole):
+        passages = await self.learned(pair, salt, *(i for i in range(3) if i != hole))
+        answer = await pair.ask(make_plan(passages.joined(holes=(hole,)), join=JOIN, cache_salt=salt))
+        assert answer.status == 200
+        assert answer.cached_tokens == passages.cached_tokens(0.25, holes=(hole,))
+
+    async def test_a_passage_that_is_gone_is_a_hole(self, pair, salt):
+        passages = await self.learned(pair, salt, 0, 2)
+        full = await pair.ask(make_plan(unsaved(passages.whole), cache_salt=salt + "full"))
+        plan = make_plan(passages.joined(), join=JoinPlan("first_k", 1.0), cache_salt=salt)
+        answer = await pair.ask(plan)
+        assert (answer.status, answer.text) == (200, full.text)
+        assert answer.cached_tokens == 40 + self.lengths[0]
+
+    async def test_an_exact_request_finds_nothing_of_a_join(self, pair, salt):
+        passages = await self.learned(pair, salt, 0, 1, 2)
+        await pair.ask(make_plan(passages.joined(), join=JOIN, cache_salt=salt))
+        exact = await pair.ask(make_plan(unsaved(passages.whole), cache_salt=salt))
+        assert "x-learnonce-join" not in exact.headers
+        assert exact.cached_tokens == 0
+
+    async def test_prefill_replicas_do_not_join(self, pair, salt):
+        passages = make_passages(pair.scope, salt, *self.lengths)
+        status, answer = await pair.prefill(make_plan(passages.joined(), join=JOIN, cache_salt=salt))
+        assert (status, answer["error"]["code"]) == (400, 400)
 
 
 class EndingSuite:

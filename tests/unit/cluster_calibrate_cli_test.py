@@ -66,3 +66,18 @@ def test_a_missing_folder_is_noticed_before_the_work(tmp_path: Path, model: Path
     result = calibrate("--model", str(model), "--text", str(text), "--out", str(tmp_path / "no" / "b.lkp"))
     assert isinstance(result.exception, CalibrationTextError)
     assert "is no folder" in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    "out", ["", "/proc/self/made.lkp", "x" * 250 + ".lkp"], ids=["a folder", "a folder of the kernel's", "a long name"]
+)
+def test_a_file_that_cannot_be_written_is_noticed_before_the_work(
+    out: str, tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvstore.codecs.calibrate.calibrate", lambda *_args, **_options: pytest.fail("it began"))
+    text = tmp_path / "a.txt"
+    text.write_text("words")
+    result = calibrate("--model", str(model), "--text", str(text), "--out", str(tmp_path / out))
+    assert isinstance(result.exception, CalibrationTextError)
+    assert "--out" in str(result.exception)
+    assert {each.name for each in tmp_path.iterdir()} == {"model", "a.txt"}

@@ -1,19 +1,21 @@
 """Profiles: the file, its id, what is refused.
 
-Covers: round trips, content address, validation of numbers, damaged and hostile files.
+Covers: round trips, content address, validation of numbers, damaged and hostile files, what is derived.
 Does not cover: how profiles are made, what codecs do with them.
 """
 
 import dataclasses
 import random
 import struct
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
 
-from kvstore.codecs.profile import Band, Profile, ProfileDataError
+from kvstore.codecs.profile import Band, Profile, ProfileDataError, derived
 from kvstore.testing.profiles import make_profile
 
 
@@ -85,7 +87,10 @@ BANDS: dict[str, dict[str, Any]] = {
     "rows below 0": {"rows_per_level": (-1, 2, 3)},
     "levels missing": {"rows_per_level": (1, 2)},
     "table id": {"table_ids_VRX": changed(BAND.table_ids_VRX, (0, 0, 0), 15)},
-    "refinement without 1": {"table_ids_VRX": changed(BAND.table_ids_VRX, (1, 0, 0), 1)},
+    "refinement without -1": {"table_ids_VRX": changed(BAND.table_ids_VRX, (1, 0, 0), 1)},
+    "refinement of many bits": {"table_ids_VRX": changed(BAND.table_ids_VRX, (1, 0, 0), 9)},
+    "refinement of many bits, sign known": {"table_ids_VRX": changed(BAND.table_ids_VRX, (2, 0, 2), 9)},
+    "refinement that takes a bit away": {"table_ids_VRX": changed(BAND.table_ids_VRX, (2, 0, 1), 0)},
     "token scales": {"token_scales": changed(BAND.token_scales, 1, -1.0)},
     "class 0": {"token_scales": changed(BAND.token_scales, 0, 2.0)},
     "class table": {"class_table": 15},
@@ -158,3 +163,21 @@ def test_files_of_another_version_are_refused() -> None:
     struct.pack_into("<H", data, 8, 2)
     with pytest.raises(ProfileDataError, match="version 2"):
         Profile.from_bytes(bytes(data))
+
+
+def test_what_is_made_of_a_profile_is_made_once_for_all_threads() -> None:
+    profile, together, busy, made = make_profile(), threading.Barrier(4), threading.Event(), list[Profile]()
+
+    def make(of: Profile) -> list[Profile]:
+        made.append(of)
+        busy.wait(0.1)  # The others arrive meanwhile; nobody sets it.
+        return made
+
+    def ask(_: int) -> list[Profile]:
+        together.wait()
+        return derived(profile, make)
+
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(ask, range(4)))
+    assert len(made) == 1
+    assert all(each is made for each in found)

@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from kvstore.codecs.rans import FIRST_STATE, coder_tables, decode_step, encode_step
-from kvstore.codecs.rans_vectors import LANES, decode_group, encode_group, refine_group
+from kvstore.codecs.rans_vectors import LANES, decode_group, decode_streams, encode_group
 
 Symbols = NDArray[np.int16]
 
@@ -43,18 +43,34 @@ class Coder:
         return states.tolist(), words[at:].tolist()
 
     def decode(
-        self, states: list[int], words: list[int], ids: NDArray[np.int32], out: Symbols, *, refine: bool = False
+        self, states: list[int], words: list[int], ids: NDArray[np.int32], out: Symbols
     ) -> tuple[int, list[int]]:
-        """Read position and states; symbols or refined values in `out`."""
+        """Read position and states; symbols in `out`."""
         padded = np.array(words + [0] * LANES, np.uint32)
         in_out = np.array(states, np.uint32)
         starts = np.ascontiguousarray(ids * 4096, np.int32)
-        loop = refine_group if refine else decode_group
-        at = loop(
+        at = decode_group(
             self.tables.lut_KF.ctypes.data, padded.ctypes.data, 0, len(words), in_out.ctypes.data, starts.ctypes.data,
             out.ctypes.data, len(out),
         )  # fmt: skip
         return at, in_out.tolist()
+
+
+def refine(
+    streams: list[tuple[list[int], list[int]]], cuts: NDArray[np.int32], values: list[Symbols]
+) -> tuple[list[int], list[list[int]]]:
+    """Read positions and states of one stream, or of two at once; `values` get one more bit."""
+    padded = [np.array(words + [0] * LANES, np.uint32) for _, words in streams]
+    states = [np.array(each, np.uint32) for each, _ in streams]
+    jobs = np.array(
+        [
+            [words.ctypes.data, 0, len(words) - LANES, state.ctypes.data, cuts.ctypes.data, out.ctypes.data]
+            for words, state, out in zip(padded, states, values, strict=True)
+        ],
+        np.int64,
+    )
+    decode_streams(0, jobs.ctypes.data, len(streams), len(values[0]), True)
+    return jobs[:, 1].tolist(), [each.tolist() for each in states]
 
 
 def draw(random: np.random.Generator, *, tokens: int) -> tuple[Coder, NDArray[np.int32], Symbols, Symbols]:
@@ -126,10 +142,13 @@ def test_refining_doubles_and_adds_away_from_zero(seed: int) -> None:
     bits = random.integers(0, 2, coarse.shape).astype(np.int16)
     bits[coarse == 0] *= random.choice([-1, 1], int((coarse == 0).sum())).astype(np.int16)
     states, words = coder.encode(bits, coarse, ids)
-    fine = coarse.copy()
-    at, last_states = coder.decode(states, words, ids, fine, refine=True)
-    assert (fine == np.where(coarse < 0, 2 * coarse - bits, 2 * coarse + bits)).all()
-    assert (at, last_states) == (len(words), [FIRST_STATE] * LANES)
+    minus, none = frequencies[:, 0].astype(np.int32), frequencies[:, 1].astype(np.int32)
+    cuts = np.ascontiguousarray((minus | (minus + none) << 16)[ids])
+    for streams in (1, 2):
+        fine = [coarse.copy() for _ in range(streams)]
+        at, last_states = refine([(states, words)] * streams, cuts, fine)
+        assert all((each == np.where(coarse < 0, 2 * coarse - bits, 2 * coarse + bits)).all() for each in fine)
+        assert (at, last_states) == ([len(words)] * streams, [[FIRST_STATE] * LANES] * streams)
 
 
 def test_words_that_run_out_stop_the_loop() -> None:

@@ -17,7 +17,7 @@ from kvstore.testing.profiles import make_profile_meta
 from kvstore.testing.transform_reference import decode_reference
 
 GOLDEN = Path(__file__).parent.parent / "golden"
-PROFILE_ID = "3b8172fd3fa249eac3cc46d3618b72aa5435f41fec163d4253b88d1e0e5ef01a"
+PROFILE_ID = "1ff73ac806732140147b6c3c267095b27a62bf44a5bc0d24075f6ca5cfb7f5b0"
 SHA256_BY_LEVEL = (
     "df2c4f3cfdcd7fae3db08f04c5013071b3b618e45a8bf5d3f1ad5e68020d8282",
     "16bd77570eb474098d0c6391ad7819b8b9d8992a76a04feeb457b1616a32beaa",

@@ -6,21 +6,24 @@ Does not cover: quality on a model, hostile bytes (`tests/fault/codec_transform_
 """
 
 import dataclasses
+import functools
 import itertools
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 
 from cluster.errors import CallerError, DataError
-from kvstore.codecs import ProfileMissingError, codec_for
+from kvstore.codecs import ProfileMissingError, codec_for, importance, transform_encode, transform_plan
 from kvstore.codecs.profile import Profile
 from kvstore.codecs.raw import CodecDataError
 from kvstore.codecs.stream import read_header, truncate
-from kvstore.codecs.transform import TransformCodec
-from kvstore.codecs.transform_plan import plan_of
-from kvstore.codecs.transform_stages import decode_stages_s
+from kvstore.codecs.transform import OpenTransformChunk, TransformCodec
 from kvstore.interfaces import ChunkMeta
 from kvstore.testing.profiles import make_profile, make_profile_kv, make_profile_meta
 from kvstore.testing.transform_reference import decode_reference, mend
@@ -31,9 +34,15 @@ PROFILES: dict[str, Callable[[], Profile]] = {
     "groups": lambda: make_profile(num_kv_heads=4, head_dim=6, groups=2, seed=2),
     "neighbours": lambda: make_profile(is_neox=False, head_dim=16, seed=3),
     "wide": lambda: make_profile(num_layers=1, num_kv_heads=1, head_dim=80, num_exact=2, seed=4),
+    "whole vectors": lambda: make_profile(num_layers=1, num_kv_heads=2, head_dim=64, with_classes=True, seed=7),
+    "whole vectors, partly rotated": lambda: _partly_rotated(make_profile(num_layers=1, head_dim=48, seed=8), pairs=16),
     "one level": lambda: make_profile(num_levels=1, num_exact=0, seed=5),
     "four levels, one channel": lambda: make_profile(num_kv_heads=1, head_dim=1, num_levels=4, seed=6),
 }
+
+
+def _partly_rotated(profile: Profile, *, pairs: int) -> Profile:
+    return dataclasses.replace(profile, inv_freq=profile.inv_freq[:pairs].copy())
 
 
 def encode(profile: Profile, kv: torch.Tensor, meta: ChunkMeta, **kwargs: int) -> bytes:
@@ -54,23 +63,6 @@ def test_decoded_kv_is_that_of_the_plain_decoder_to_the_bit(name: str, dtype: st
             decoded = TransformCodec(profile).decode(prefix, meta=meta)
             expected = decode_reference(payload, meta=meta, profile=profile, num_levels=level + 1)
             assert torch.equal(decoded, expected)
-
-
-def test_refinements_decode_alike_with_cuts_and_with_look_up_tables() -> None:
-    """A refinement's table that codes more than -1, 0 and 1 cannot be told by two slots."""
-    plain = make_profile(with_classes=True, seed=1)
-    frequencies_KS = plain.frequencies_KS.copy()
-    zero = frequencies_KS.shape[1] // 2
-    frequencies_KS[0, [zero, zero + 2]] += np.array([-1, 1], np.int16).astype(np.uint16)
-    odd = dataclasses.replace(plain, frequencies_KS=frequencies_KS)
-    assert plan_of(plain).has_cuts
-    assert not plan_of(odd).has_cuts
-    for profile in (plain, odd):
-        meta = make_profile_meta(profile, num_tokens=37)
-        payload = encode(profile, make_profile_kv(profile, meta), meta)
-        decoded = TransformCodec(profile).decode(memoryview(payload), meta=meta)
-        expected = decode_reference(payload, meta=meta, profile=profile, num_levels=profile.num_levels)
-        assert torch.equal(decoded, expected)
 
 
 @pytest.mark.parametrize("name", PROFILES)
@@ -205,12 +197,8 @@ def test_outliers_go_through_as_escapes() -> None:
 
 def test_classes_follow_expected_attention() -> None:
     """Tokens that will hardly be looked at get a coarser bin; without the encoder's arrays all are of class 0."""
-    profile = make_profile(num_layers=1, num_kv_heads=1, head_dim=16, num_exact=0, with_classes=True)
-    mean = np.zeros((1, 1, 16), np.float32)
-    mean[0, 0, 0] = 5.0
-    bounds = np.broadcast_to(np.linspace(0.0, -6.0, 7), (1, 2, 1, 7)).astype(np.float32)
-    encoder = {"attention_mean": mean, "attention_factor": np.zeros((1, 1, 16, 1), np.float32), "class_bounds": bounds}
-    with_classes = dataclasses.replace(profile, encoder=encoder)
+    with_classes = _with_classes()
+    profile = dataclasses.replace(with_classes, encoder={})
     meta = _meta_of(with_classes, num_tokens=64)
     kv = make_profile_kv(with_classes, meta)
     payload = encode(with_classes, kv, meta)
@@ -225,6 +213,15 @@ def test_classes_follow_expected_attention() -> None:
     coarser = error > 1.5 * plain_error
     assert len(payload) < len(plain)
     assert 8 < int(coarser.sum()) < 64
+
+
+def _with_classes() -> Profile:
+    mean = np.zeros((1, 1, 16), np.float32)
+    mean[0, 0, 0] = 5.0
+    bounds = np.broadcast_to(np.linspace(0.0, -6.0, 7), (1, 2, 1, 7)).astype(np.float32)
+    encoder = {"attention_mean": mean, "attention_factor": np.zeros((1, 1, 16, 1), np.float32), "class_bounds": bounds}
+    profile = make_profile(num_layers=1, num_kv_heads=1, head_dim=16, num_exact=0, with_classes=True)
+    return dataclasses.replace(profile, encoder=encoder)
 
 
 def _meta_of(profile: Profile, *, num_tokens: int) -> ChunkMeta:
@@ -280,15 +277,70 @@ def test_threads_change_nothing() -> None:
     assert torch.equal(threaded, TransformCodec(profile).decode(memoryview(payload), meta=meta))
 
 
+def test_a_failed_decode_returns_when_no_thread_writes_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever reserved `out` gives it back when `decode_layers` raises."""
+    profile = make_profile(num_layers=3)
+    meta = make_profile_meta(profile, num_tokens=10)
+    payload = memoryview(encode(profile, make_profile_kv(profile, meta), meta))
+    began, returned, finished = threading.Event(), threading.Event(), list[int]()
+
+    def decode(_chunk: OpenTransformChunk, layer: int, **_options: object) -> None:
+        if layer == 0:
+            assert began.wait(10)
+            raise CodecDataError("layer 0 is damaged")
+        began.set()
+        returned.wait(0.2)
+        finished.append(layer)
+
+    monkeypatch.setattr(OpenTransformChunk, "decode", decode)
+    out = torch.empty(meta.shape, dtype=torch.bfloat16)
+    with pytest.raises(CodecDataError, match="damaged"):
+        TransformCodec(profile, num_threads=2).decode_layers(payload, meta=meta, layers=range(3), out=out)
+    done = list(finished)
+    returned.set()
+    assert 1 in done
+    assert not [thread for thread in threading.enumerate() if "learnonce-codec" in thread.name]
+
+
+@pytest.mark.parametrize(
+    "place", [(transform_plan, "_build"), (transform_encode, "_build"), (importance, "_diagonals")]
+)
+def test_threads_that_encode_first_prepare_once(place: tuple[Any, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inverting every band takes seconds for a large model."""
+    module, name = place
+    profile, calls, busy, together = _with_classes(), list[Any](), threading.Event(), threading.Barrier(4)
+    meta, real = _meta_of(profile, num_tokens=20), getattr(module, name)
+    kv = make_profile_kv(profile, meta)
+
+    @functools.wraps(real)
+    def slow(of: Any) -> Any:
+        calls.append(of)
+        busy.wait(0.1)  # The others arrive meanwhile; nobody sets it.
+        return real(of)
+
+    monkeypatch.setattr(module, name, slow)
+
+    def work(_: int) -> bytes:
+        together.wait()
+        return encode(profile, kv, meta)
+
+    with ThreadPoolExecutor(4) as threads:
+        payloads = set(threads.map(work, range(4)))
+    assert len(calls) == 1
+    assert len(payloads) == 1
+
+
 def test_kv_that_cannot_be_coded_is_refused() -> None:
     profile = make_profile()
     meta = make_profile_meta(profile, num_tokens=6)
     kv = make_profile_kv(profile, meta)
-    for value in (float("nan"), float("inf"), float("-inf")):
-        bad = kv.clone()
-        bad[1, 0, 3, 1, 2] = value
-        with pytest.raises(CodecDataError, match="not finite"):
-            encode(profile, bad, meta)
+    assert profile.num_exact == 1
+    for token, value in itertools.product((0, 3), (float("nan"), float("inf"), float("-inf"))):
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            bad = kv.to(dtype)
+            bad[1, 0, token, 1, 2] = value
+            with pytest.raises(CodecDataError, match="not finite"):
+                encode(profile, bad, msgspec.structs.replace(meta, dtype=str(dtype).removeprefix("torch.")))
     with pytest.raises(CodecDataError):
         encode(profile, kv.float(), meta)
     with pytest.raises(CodecDataError):
@@ -302,6 +354,13 @@ def test_settings_that_make_no_sense_are_refused() -> None:
     for kwargs in ({"level": 3}, {"level": -1}, {"num_threads": 0}):
         with pytest.raises(CallerError):
             TransformCodec(make_profile(), **kwargs)
+    profile = make_profile()
+    meta = make_profile_meta(profile, num_tokens=6)
+    for level in (-1, 3):
+        with pytest.raises(CallerError, match="levels 0 to 2"):
+            TransformCodec(profile).encode(
+                make_profile_kv(profile, meta), out=memoryview(bytearray(9999)), meta=meta, level=level
+            )
 
 
 def test_a_chunk_finds_its_codec_by_its_profile() -> None:
@@ -356,21 +415,3 @@ def test_mended_damage_never_passes_for_the_original() -> None:
         except CodecDataError:
             found += 1
     assert found > 0.9 * len(range(layout.exact_stop, len(payload), 7))
-
-
-def test_stages_of_decoding_sum_to_the_whole() -> None:
-    """On a clock that counts its calls: every stage takes one tick."""
-    profile = make_profile()
-    meta = make_profile_meta(profile, num_tokens=20)
-    payload = memoryview(encode(profile, make_profile_kv(profile, meta), meta))
-    ticks = itertools.count()
-    seconds = decode_stages_s(TransformCodec(profile), payload, meta=meta, rounds=2, now_s=lambda: float(next(ticks)))
-    assert next(ticks) == 2 * 2 * 5
-    assert seconds == {
-        "checksums": 1.0,
-        "symbols": 0.0,
-        "products": 1.0,
-        "scale_rotate_round": 0.0,
-        "whole": 1.0,
-        "copy": 1.0,
-    }

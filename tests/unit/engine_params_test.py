@@ -11,8 +11,10 @@ from kvstore.engine.params import (
     MAX_SPANS,
     ChunkSpan,
     Handoff,
+    JoinParams,
     TransferParamsError,
     build_transfer_params,
+    inexact_start,
     parse_transfer_params,
 )
 from kvstore.keys import ChunkKey, tenant_of
@@ -29,6 +31,52 @@ def test_what_is_built_is_read() -> None:
     params = parse_transfer_params(built, num_prompt_tokens=20)
     assert params is not None
     assert (list(params.load), list(params.save), params.load_deadline_s) == (load, save, 2.0)
+
+
+def test_a_join_that_is_built_is_read() -> None:
+    load = [ChunkSpan(sample_key(1), 0, 5), ChunkSpan(sample_key(2), 5, 7, 900), ChunkSpan(sample_key(3), 12, 20, 5)]
+    join = JoinParams(method="first_k", share=0.25, tail_start=21)
+    built = build_transfer_params(load=load, save=load[:1], load_deadline_s=2.0, join=join)
+    params = parse_transfer_params(json.loads(json.dumps(built)), num_prompt_tokens=30)
+    assert params is not None
+    assert (list(params.load), list(params.save), params.join) == (load, load[:1], join)
+    assert inexact_start(params) == 5
+
+
+JOINED: dict[str, Any] = {
+    "v": 1,
+    "load": [[KEY, 0, 5], [KEY, 5, 7, 900]],
+    "save": [[KEY, 0, 5]],
+    "load_deadline_s": 1.5,
+    "join": {"method": "query_aware", "share": 0.15, "tail": 7},
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"join": None}, "there is no join"),
+        ({"join": {"method": "naive", "share": 0}}, "not an object of method, share, tail"),
+        ({"join": [1]}, "not an object of method, share, tail"),
+        ({"join": {**JOINED["join"], "method": "best"}}, "method is none of naive"),
+        ({"join": {**JOINED["join"], "method": ["naive"]}}, "method is none of naive"),
+        ({"join": {**JOINED["join"], "share": 1.5}}, "share is not a number from 0 to 1"),
+        ({"join": {**JOINED["join"], "share": float("nan")}}, "share is not a number from 0 to 1"),
+        ({"join": {**JOINED["join"], "share": True}}, "share is not a number from 0 to 1"),
+        ({"join": {**JOINED["join"], "tail": 19}}, "two tokens before the end of 20"),
+        ({"join": {**JOINED["join"], "tail": -1}}, "two tokens before the end of 20"),
+        ({"join": {**JOINED["join"], "tail": 6}}, "load reaches into the tail"),
+        ({"load": [[KEY, 0, 5, -1]]}, "base is no position"),
+        ({"load": [[KEY, 0, 5, "0"]]}, "base is no position"),
+        ({"load": [[KEY, 0, 5, 0, 0]]}, "key, start, stop, base"),
+        ({"save": [[KEY, 0, 6]]}, "KV of a joined request is exact up to 5 only"),
+        ({"save": [[KEY, 0, 5, 0]]}, "save holds a span with a base"),
+    ],
+)
+def test_joins_that_are_refused(change: dict[str, Any], message: str) -> None:
+    assert parse_transfer_params({"learnonce": JOINED}, num_prompt_tokens=20) is not None
+    with pytest.raises(TransferParamsError, match=message):
+        parse_transfer_params({"learnonce": {**JOINED, **change}}, num_prompt_tokens=20)
 
 
 @pytest.mark.parametrize("raw", [None, {}, {"do_remote_prefill": True}, [], "learnonce", 3])

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from kvstore.engine.ops import LoadOp, SaveOp
-from kvstore.engine.params import ChunkSpan, build_transfer_params
+from kvstore.engine.ops import JoinOp, LoadOp, SaveOp
+from kvstore.engine.params import ChunkSpan, JoinParams, build_transfer_params
 from kvstore.engine.scheduler_side import ScheduledRequest, SchedulerSide
 from kvstore.engine.tally import Tally
 from kvstore.keys import tenant_of
@@ -32,6 +32,7 @@ class Request:
     num_prompt_tokens: int
     kv_transfer_params: dict[str, Any] | None
     request_id: str = "r"
+    prompt_token_ids: list[int] | None = None
     num_computed_tokens: int = 0
     num_preemptions: int = 0
     prefill_stats: Stats | None = field(default_factory=Stats)
@@ -127,6 +128,48 @@ def test_reused_tokens_are_left_alone_when_vllm_asked_anew_or_preempted() -> Non
     request.num_preemptions, request.num_computed_tokens = 1, 32
     side.blocks_allocated(request, range(9), 0)
     assert request.prefill_stats == Stats()
+
+
+JOIN = JoinParams(method="query_aware", share=0.15, tail_start=60)
+JOINED = [*spans(0, 10, 20), ChunkSpan(sample_key(7), 30, 40, 10), *spans(44, 50), ChunkSpan(sample_key(8), 50, 60, 10)]
+
+
+@pytest.mark.parametrize(
+    ("num_local", "expected"), [(0, 79), (16, 63), (48, 31), (64, 0)], ids=["all", "exact", "clipped", "tail only"]
+)
+def test_a_joined_request_is_loaded_up_to_its_last_token(num_local: int, expected: int) -> None:
+    side, request = make(80, load=JOINED, join=JOIN)
+    assert [side.num_loadable(request, num_local) for _ in range(2)] == [expected] * 2
+
+
+def test_join_operation() -> None:
+    side, request = make(80, load=JOINED, join=JOIN)
+    request.prompt_token_ids = list(range(80))
+    side.blocks_allocated(request, range(9), side.num_loadable(request, 16))
+    ((op,), _) = step(side, 0, 0)
+    assert [(span.start, span.base) for span in op.spans] == [(10, None), (30, 10), (44, None), (50, 10)]
+    assert (op.start, op.stop, op.block_ids) == (16, 79, (0, 1, 2, 3, 4))
+    assert op.join == JoinOp(method="query_aware", share=0.15, tail_start=60, token_ids=tuple(range(80)))
+
+
+def test_without_anything_left_to_join_only_exact_chunks_are_loaded() -> None:
+    side, request = make(80, load=[*spans(0, 10), ChunkSpan(sample_key(7), 10, 20, 3), *spans(20, 60)], join=JOIN)
+    assert side.num_loadable(request, 32) == 28
+    side.blocks_allocated(request, range(9), 28)
+    ((op,), _) = step(side, 0, 0)
+    assert ([span.start for span in op.spans], op.join) == ([20], None)
+
+
+@pytest.mark.parametrize(("computed", "figures"), [(79, (80, 16, 40)), (16, (80, 16, 0))], ids=["joined", "failed"])
+def test_reused_tokens_of_a_join_are_those_that_it_kept(computed: int, figures: tuple[int, int, int]) -> None:
+    side, request = make(80, load=JOINED, join=JOIN)
+    side.blocks_allocated(request, range(9), side.num_loadable(request, 16))
+    side.joins_ended({"r": 40} if computed == 79 else {})
+    side.joins_ended({"somebody else": 3})
+    request.num_computed_tokens = computed
+    side.blocks_allocated(request, range(9), 0)
+    assert request.prefill_stats is not None
+    assert request.prefill_stats.figures == figures
 
 
 def test_saves_are_due_once_when_their_last_token_is_computed() -> None:

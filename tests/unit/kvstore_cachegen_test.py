@@ -15,7 +15,7 @@ from cluster.errors import DataError
 from kvstore.codecs.cachegen import CachegenCodec
 from kvstore.codecs.cachegen_calibrate import BINS, CalibrationError, calibrate_cachegen
 from kvstore.codecs.cachegen_profile import ESCAPE, CachegenProfile, CachegenProfileError, is_cachegen_profile
-from kvstore.codecs.rows import TOTAL
+from kvstore.codecs.profile import FREQUENCY_SUM
 from kvstore.testing.codec_contract import make_meta
 
 SHAPE = (6, 2, 8)
@@ -110,7 +110,7 @@ def test_tables_of_channels_beat_one_table(profile: CachegenProfile) -> None:
     tables = profile.tables_VL2CS.copy()
     shared = np.mean(tables, axis=(2, 3, 4), dtype=np.float64, keepdims=True)
     tables[:] = np.floor(shared)
-    tables[..., 128] += (TOTAL - tables.sum(axis=-1, dtype=np.int64)).astype(np.uint16)
+    tables[..., 128] += (FREQUENCY_SUM - tables.sum(axis=-1, dtype=np.int64)).astype(np.uint16)
     one = dataclasses.replace(profile, tables_VL2CS=tables)
     kv = walk(300, seed=7)
     assert coded(CachegenCodec(profile), kv)[0] < 0.85 * coded(CachegenCodec(one), kv)[0]

@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 from cluster.errors import DataError
 from kvstore.codecs.layered import MAX_EXPANSION, Reader, head_bytes, read_layered, write_layered
 from kvstore.codecs.lossless import LosslessCodec
+from kvstore.codecs.profile import FREQUENCY_SUM
+from kvstore.codecs.rans import lookup_tables
 from kvstore.codecs.raw import CodecDataError
 from kvstore.codecs.rows import (
     SYMBOLS,
-    TOTAL,
     TableError,
     bits_of,
     check_frequencies,
@@ -24,7 +25,6 @@ from kvstore.codecs.rows import (
     decode_rows,
     encode_rows,
     frequencies_of,
-    lookup_tables,
 )
 from kvstore.testing.codec_contract import make_kv, make_meta
 
@@ -54,11 +54,11 @@ def decoded_by_definition(stream: bytes, tables: NDArray[np.uint16], shape: tupl
     for first in range(0, shape[1], 16):
         for token in range(shape[0]):
             for lane, channel in enumerate(range(first, min(first + 16, shape[1]))):
-                slot = states[lane] % TOTAL
+                slot = states[lane] % FREQUENCY_SUM
                 ends = np.cumsum(tables[channel])
                 symbol = int(np.searchsorted(ends, slot, side="right"))
                 frequency = int(tables[channel, symbol])
-                state = frequency * (states[lane] // TOTAL) + slot - int(ends[symbol]) + frequency
+                state = frequency * (states[lane] // FREQUENCY_SUM) + slot - int(ends[symbol]) + frequency
                 if state < 1 << 16:
                     state = state << 16 | next(words)
                 states[lane] = state
@@ -101,8 +101,8 @@ def test_frequencies_keep_every_symbol_and_sum_up() -> None:
     tables = frequencies_of(counts)
     check_frequencies(tables)
     assert np.array_equal(tables[:2] > 0, counts[:2] > 0)
-    assert tables[1, 9] == TOTAL
-    assert tables[2, 0] == TOTAL
+    assert tables[1, 9] == FREQUENCY_SUM
+    assert tables[2, 0] == FREQUENCY_SUM
 
 
 def test_unknown_symbols_cost_infinitely_much() -> None:

@@ -255,7 +255,7 @@ def test_transform_makes_components_independent_and_errors_equal() -> None:
     root = torch.randn(6, 6, generator=rng, dtype=torch.float64)
     metric_CC = root @ root.T + torch.eye(6, dtype=torch.float64)
     fitted = fit_transform(x_TC, np.ones(4000), metric_CC)
-    y_TR = (x_TC.double() - fitted.bias_C) @ fitted.forward_CR
+    y_TR = (x_TC.double() - fitted.bias_C) @ torch.linalg.inv(fitted.inverse_RC)
     covariance = y_TR.T @ y_TR / 4000
     variance = covariance.diagonal()
     torch.testing.assert_close(covariance, torch.diag(variance), atol=1e-6 * float(variance[0]), rtol=0)
@@ -288,7 +288,7 @@ def test_counts_follow_the_levels() -> None:
 def test_frequencies_sum_and_cost_little(spread: float) -> None:
     share_S = np.exp(-np.abs(np.arange(tables.NUM_SYMBOLS) - tables.ZERO) / spread)
     share_S /= share_S.sum()
-    frequencies = tables.frequencies_of(share_S, low=-30, high=30)
+    frequencies = tables.table_of(share_S, low=-30, high=30)
     assert int(frequencies.sum()) == FREQUENCY_SUM
     inside = np.abs(np.arange(tables.NUM_SYMBOLS) - tables.ZERO) <= 30
     assert ((frequencies > 0) == inside).all()

@@ -4,14 +4,16 @@ Covers: several callers at once, handing over, ends of the connection in every p
 Does not cover: a real store (`tests/contract`, `tests/fault`), the handshake (`tests/fault`).
 """
 
+import errno
 import os
+import select
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import pytest
 
@@ -19,6 +21,7 @@ from kvstore import connection as connection_module
 from kvstore.client import NodeStoreClient
 from kvstore.connection import StoreConnection
 from kvstore.container import stored_bytes
+from kvstore.handshake import StoreRefusedError, StoreUnreachableError
 from kvstore.protocol import (
     MAX_FRAME_BYTES,
     MAX_TIMEOUT_S,
@@ -60,7 +63,8 @@ SOON_S = 10.0
 class FakeStore:
     """Welcomes one client; keeps its requests, and answers what it is told to."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, *, arena_bytes: int = ARENA_BYTES) -> None:
+        self._arena_bytes = arena_bytes
         self.requests: list[Request] = []
         self._path = path
         self._listener = socket.socket(socket.AF_UNIX)
@@ -109,7 +113,7 @@ class FakeStore:
         arena = os.memfd_create("test-arena")
         os.ftruncate(arena, ARENA_BYTES)
         mac = store_mac(SECRET, challenge=challenge, nonce=proof.nonce, epoch="e")
-        socket.send_fds(client, [encode(Welcome(mac, "e", ARENA_BYTES, 8192))], [arena])
+        socket.send_fds(client, [encode(Welcome(mac, "e", self._arena_bytes, 8192))], [arena])
         os.close(arena)
         self._welcomed.set()
         reader = FrameReader()
@@ -137,6 +141,73 @@ def connection(store: FakeStore) -> Iterator[StoreConnection]:
     assert not [thread for thread in threading.enumerate() if thread.name == "kvstore-client"]
     assert connection._is_closed
     wait_until(lambda: len(os.listdir("/proc/self/fd")) <= before + 1, what="descriptors to be closed")
+
+
+class Refusing:
+    """A module of which one function fails at its nth call, in one place of the program only."""
+
+    def __init__(self, module: Any, name: str, *, nth: int, error: Exception) -> None:
+        self._module, self._name, self._nth, self._error = module, name, nth, error
+
+    def __getattr__(self, name: str) -> Any:
+        if name != self._name:
+            return getattr(self._module, name)
+        self._nth -= 1
+        if self._nth == 0:
+            raise self._error
+        return getattr(self._module, name)
+
+
+class FullTable:
+    """An epoll whose table takes nothing any more."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exit_reason: object) -> None:
+        pass
+
+    def register(self, fd: object, events: int) -> None:
+        raise OSError(errno.ENOSPC, "no watches left")
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "nth"),
+    [("mmap", "mmap", 1), ("mmap", "mmap", 2), ("os", "eventfd", 1), ("select", "epoll", 1), ("select", "epoll", 2),
+     ("select", "register", 1), ("threading", "Thread", 1)],
+)  # fmt: skip
+def test_connection_that_cannot_be_opened_leaves_nothing_open(
+    store: FakeStore, monkeypatch: pytest.MonkeyPatch, module: str, name: str, nth: int
+) -> None:
+    """No descriptors left, no room in a table of the kernel, no threads: the store counts as away."""
+
+    def polls() -> list[str]:
+        links = (Path(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd"))
+        return sorted(str(link.readlink()) for link in links if link.is_symlink() and "[event" in str(link.readlink()))
+
+    before = polls()
+    if name == "register":
+        monkeypatch.setattr(select, "epoll", FullTable)
+    else:
+        error = RuntimeError("no more threads") if name == "Thread" else OSError(errno.EMFILE, "too many open files")
+        refusing = Refusing(getattr(connection_module, module), name, nth=nth, error=error)
+        monkeypatch.setattr(connection_module, module, refusing)
+    with pytest.raises(StoreUnreachableError, match=r"no (watches left|more threads)|too many open files") as caught:
+        StoreConnection(store._path, secret=SECRET, client_name="t", stop_s=time.monotonic() + SOON_S)
+    # The error is alive, and with it the frames of the call: nothing is closed for being forgotten.
+    assert caught.value.__traceback__ is not None
+    store._thread.join(SOON_S)
+    assert not store._thread.is_alive(), "the socket is still open"
+    assert polls() == before
+    assert "test-arena" not in Path("/proc/self/maps").read_text()
+
+
+@pytest.mark.parametrize("arena_bytes", [-1, 1 << 62, (1 << 64) - 1])
+def test_arena_of_an_absurd_size_is_refused(tmp_path: Path, arena_bytes: int) -> None:
+    store = FakeStore(str(tmp_path / "s"), arena_bytes=arena_bytes)
+    with pytest.raises(StoreRefusedError, match=r"handshake failed: .*\$\[3\]"):
+        StoreConnection(store._path, secret=SECRET, client_name="t", stop_s=time.monotonic() + SOON_S)
+    store.close()
 
 
 class Caller(threading.Thread):

@@ -3,11 +3,14 @@
 Covers: `kvstore.copying` against the library of the same hash. Does not cover: who copies what (`kvstore.client`).
 """
 
+import re
 import threading
 import time
 import types
+from collections import Counter
 from typing import Any
 
+import numba
 import numpy as np
 import pytest
 import xxhash
@@ -115,3 +118,13 @@ def test_source_that_changes_is_hashed_as_it_was_copied() -> None:
         over.set()
         writer.join()
     assert len(seen) > 2, "the case is about a source that changes"
+
+
+def test_nothing_is_promised_of_where_callers_memory_begins() -> None:
+    """Loads and stores of eight words that claimed an alignment would be wrong code for memory at odd places."""
+    fresh = numba.njit("void(uintp, uintp, uintp, uintp, uintp, intp)")(copying._run.py_func)  # type: ignore[attr-defined]
+    (code,) = fresh.inspect_llvm().values()
+    aligns = Counter(re.findall(r"(load|store) <8 x i64>.*align (\d+)", code))
+    assert aligns["load", "1"] >= copying._STRIPES
+    assert aligns["store", "1"] >= copying._STRIPES
+    assert aligns["store", "8"] <= 1, "only the lanes are this module's own"

@@ -26,6 +26,7 @@ from kvstore.codecs.transform import TransformCodec
 from kvstore.codecs.triton_decode import TritonDecoder
 from kvstore.codecs.triton_places import Place, PlaceError
 from kvstore.codecs.triton_staging import EncodedChunk
+from kvstore.codecs.triton_tables import OddHeadError
 from kvstore.testing.profiles import make_profile, make_profile_kv, make_profile_meta
 
 CPU = torch.device("cpu")
@@ -235,6 +236,25 @@ def test_damage_is_found_before_anything_is_launched(memory: Memory) -> None:
     with pytest.raises(CodecDataError, match="holds nothing of layer 0"):
         decoder.decode(chunk.payload[:-1], meta=chunk.meta)
     assert memory.num_checked == 0
+
+
+def test_escapes_of_one_place_are_refused_before_anything_is_launched(memory: Memory) -> None:
+    """Two programs would write it, and the last one would win."""
+    profile = make_profile(num_layers=1)
+    chunk = encoded(profile, num_tokens=6, size=60.0)
+
+    def change(payload: bytearray, start: int, stop: int) -> None:
+        if stop - start > 80:  # At least two escapes.
+            payload[start + 10 : start + 14] = payload[start + 4 : start + 8]
+
+    with pytest.raises(CodecDataError, match="order"):
+        TritonDecoder(profile, device=CPU).decode(resealed(profile, chunk, change=change).payload, meta=chunk.meta)
+    assert memory.num_checked == 0
+
+
+def test_heads_of_an_odd_number_of_channels_are_refused() -> None:
+    with pytest.raises(OddHeadError, match="heads of 7 channels"):
+        TritonDecoder(make_profile(head_dim=7), device=CPU)
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -1,14 +1,17 @@
 """Bytes and speed in `learnonce bench codec`, on synthetic profiles.
 
 Covers: sections that add up to what is stored, costs of components that add up to their sections, prefixes as points,
-pages that hold what was decoded, jobs that are timed alike. Does not cover: real speeds, the codec itself.
+pages that hold what was decoded, jobs that are timed alike, stages. Does not cover: real speeds, the codec itself.
 """
+
+import itertools
 
 import pytest
 import torch
 
 from kvstore.codecs import stream
 from kvstore.codecs.profile import Profile
+from kvstore.codecs.transform import TransformCodec
 from kvstore.testing.profiles import make_profile, make_profile_kv, make_profile_meta
 from loadtest.bench_codec.anatomy import component_bits, live_rows, sections_of
 from loadtest.bench_codec.measures import bits_per_element
@@ -16,6 +19,7 @@ from loadtest.bench_codec.parts import speed_at_measured_level
 from loadtest.bench_codec.sample import Sample
 from loadtest.bench_codec.schemes import Encoded, TransformScheme
 from loadtest.bench_codec.speed import decode_layer_to_pages, jobs_of, time_jobs
+from loadtest.bench_codec.stages import decode_stages_s
 
 _TOKENS = 192
 
@@ -126,3 +130,19 @@ def test_jobs_are_interleaved_and_warmed() -> None:
     calls: list[str] = []
     time_jobs({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=2)
     assert calls == ["a", "b", "a", "b", "a", "b"]
+
+
+def test_stages_of_decoding_sum_to_the_whole(profile: Profile, encoded: list[list[Encoded]]) -> None:
+    """On a clock that counts its calls: every stage takes one tick."""
+    chunk, ticks = encoded[0][-1], itertools.count()
+    codec = TransformCodec(profile)
+    seconds = decode_stages_s(codec, chunk.payload, meta=chunk.meta, rounds=2, now_s=lambda: float(next(ticks)))
+    assert next(ticks) == 2 * 2 * 5
+    assert seconds == {
+        "checksums": 1.0,
+        "symbols": 0.0,
+        "products": 1.0,
+        "scale_rotate_round": 0.0,
+        "whole": 1.0,
+        "copy": 1.0,
+    }

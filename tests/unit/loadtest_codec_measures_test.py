@@ -12,17 +12,9 @@ import pytest
 import torch
 
 from kvstore.container import ALIGN, stored_bytes
+from loadtest.agreement import agreement, bootstrap, log_probabilities
 from loadtest.bench_codec.figures import comparisons, point_tables, quality_detail, quality_figures
-from loadtest.bench_codec.measures import (
-    Curve,
-    CurveError,
-    CurvePoint,
-    agreement,
-    bits_per_element,
-    bootstrap,
-    log_probabilities,
-    stored_bits_per_element,
-)
+from loadtest.bench_codec.measures import Curve, CurveError, CurvePoint, bits_per_element, stored_bits_per_element
 
 
 def test_kl_is_the_sum_over_words_of_p_times_the_log_of_p_over_q() -> None:

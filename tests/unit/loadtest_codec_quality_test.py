@@ -23,19 +23,20 @@ from typer.testing import CliRunner
 from cluster.errors import InvariantError
 from kvstore.codecs import codec_by_name
 from kvstore.container import stored_bytes
+from loadtest.agreement import agreement
 from loadtest.bench_codec import CHUNK_TOKENS, CONTINUATION_TOKENS, CodecBenchSettings, contenders
 from loadtest.bench_codec.contenders import SchemeContender, decode_chunks, encode_chunks
 from loadtest.bench_codec.exact import ExactModel
 from loadtest.bench_codec.lmcache_reference import LmcacheResult
-from loadtest.bench_codec.measures import agreement
 from loadtest.bench_codec.parts import CodecBenchChoiceError, measure_parts, read_contexts
 from loadtest.bench_codec.plots import draw
 from loadtest.bench_codec.quality import QualityRun
 from loadtest.bench_codec.retrieval import make_task, retrieval_table, score
 from loadtest.bench_codec.schemes import CodecScheme, Encoded, chunk_meta
-from loadtest.bench_codec.texts import DataMissingError, Document, Lookup, TextTooShortError, read_documents
-from loadtest.bench_codec.work import Work
+from loadtest.bench_codec.texts import Document, TextTooShortError, read_documents
 from loadtest.cli import bench
+from loadtest.data import DataMissingError, Lookup
+from loadtest.work import Work
 
 _WORDS = 96
 _SHAPE = {"layers": 2, "kv_heads": 2, "dim": 16}

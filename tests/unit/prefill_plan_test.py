@@ -2,7 +2,7 @@
 
 import pytest
 
-from kvstore.wire import Plan, Refusal, Span, SpanKind, pack_tokens
+from kvstore.wire import JoinPlan, Plan, Refusal, Span, SpanKind, pack_tokens
 from prefill_workers.plan import admit, answer, budget_s, handoff_of, plan_work
 
 
@@ -38,6 +38,11 @@ def test_held_spans_are_loaded_up_to_the_first_gap_and_the_rest_saved():
 
 def test_a_plan_without_a_prompt_cannot_be_prefilled():
     assert plan_work(plan()).status == 400
+
+
+def test_a_join_is_not_for_prefill_replicas():
+    moved = span(0, 30, held=True, save=False)
+    assert plan_work(plan(moved, join=JoinPlan("naive", 0.0))).status == 400
 
 
 def test_a_refusal_is_answered_as_it_is():

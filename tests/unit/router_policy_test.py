@@ -14,11 +14,11 @@ from router.errors import NoReplicaError
 from router.policy import (
     BookedTokens,
     Decision,
-    PlacementRequest,
     choose,
     choose_learner,
     plan_learning,
 )
+from router.reuse import PlacementRequest
 from router.settings import DeadlineSettings, RuleSettings
 from router.view import KeyedSpan, ReplicaView, View
 

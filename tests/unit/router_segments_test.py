@@ -251,9 +251,34 @@ def test_spans_are_cut_from_each_segments_own_start() -> None:
     ids = prompt.ids
     expected = chain_keys(root_key(SCOPE, salt="x"), [ids[s.start : s.stop] for s in spans])
     assert [s.key for s in spans] == expected
+    assert [(s.passage_key is not None, s.base) for s in spans if s.document is not None] == [
+        (True, 5),
+        (True, 5),
+        (True, 15),
+        (True, 25),
+    ]
     other = cut_spans(prompt, scope=SCOPE, salt="y", settings=settings)
     assert not {s.key for s in spans} & {s.key for s in other}
     assert cut_spans(Prompt(), scope=SCOPE, salt="", settings=settings) == ()
+
+
+def test_a_passages_second_key_is_that_of_the_passage_directly_behind_the_anchor() -> None:
+    settings = SpanSettings(exact_chunk_tokens=4, max_chunk_tokens=10)
+    prompt = _prompt((SpanKind.PREFIX, 5), (SpanKind.PASSAGE, 9), (SpanKind.PASSAGE, 21), (SpanKind.TAIL, 8))
+    spans = cut_spans(prompt, scope=SCOPE, salt="", settings=settings)
+    for document in (0, 1):
+        alone = Prompt(tuple(s for s in prompt.segments if s.document == document or s.kind is SpanKind.PREFIX))
+        learned = [s for s in cut_spans(alone, scope=SCOPE, salt="", settings=settings) if s.document == document]
+        moved = [s for s in spans if s.document == document]
+        assert [(s.passage_key, s.base, s.num_tokens) for s in moved] == [
+            (s.key, s.start, s.num_tokens) for s in learned
+        ]
+    first, *second = [s for s in spans if s.document is not None]
+    assert first.key == first.passage_key
+    assert all(s.key != s.passage_key for s in second)
+    assert all(s.passage_key is None for s in spans if s.document is None)
+    without_anchor = Prompt(prompt.segments[1:])
+    assert cut_spans(without_anchor, scope=SCOPE, salt="", settings=settings)[1].base == 0
 
 
 MESSAGES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [

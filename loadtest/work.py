@@ -2,22 +2,20 @@
 
 Covers: rows of results, exact KV and log probabilities of documents. Does not cover: computing them.
 
-Rows count only for the code, the profiles and the choices that made them: another codec starts anew. References depend
+Rows count only for the code, the profiles and the choices that made them: other code starts anew. References depend
 on model and token ids alone.
 """
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Final
 
 import torch
 from safetensors.torch import load_file, save_file
-
-import kvstore.codecs
-import loadtest.bench_codec
 
 _SOURCES: Final = (".py", ".lkp")
 
@@ -83,10 +81,10 @@ def _line(row: Mapping[str, Any]) -> str:
     return json.dumps(dict(row)) + "\n"
 
 
-def code_fingerprint(*choices: Any) -> str:
-    """SHA-256 over the codecs, their profiles, this benchmark, torch's version, and choices that change rows."""
+def code_fingerprint(*choices: Any, packages: Sequence[ModuleType]) -> str:
+    """SHA-256 over packages (code and profiles), torch's version, and choices that change rows."""
     digest = hashlib.sha256(repr((version("torch"), version("transformers"), choices)).encode())
-    for package in (kvstore.codecs, loadtest.bench_codec):
+    for package in packages:
         for path in sorted(Path(str(package.__file__)).parent.rglob("*")):
             if path.suffix in _SOURCES:
                 digest.update(path.name.encode() + path.read_bytes())

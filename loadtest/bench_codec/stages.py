@@ -14,7 +14,7 @@ import torch
 from kvstore.codecs import stream
 from kvstore.codecs.transform import TransformCodec
 from kvstore.codecs.transform_plan import plan_of
-from kvstore.codecs.transform_vectors import VECTOR, byte_product
+from kvstore.codecs.transform_vectors import VECTOR, product
 from kvstore.interfaces import ChunkMeta
 
 _BLOCK: Final = 16
@@ -82,14 +82,14 @@ def _products(codec: TransformCodec, meta: ChunkMeta, num_levels: int) -> Callab
         basis, start = plan.basis[band], plan.start[band, num_levels - 1]
         width = basis.shape[1] * basis.shape[2]
         calls.append(
-            (packed.ctypes.data, packed.shape[1], basis.ctypes.data, width, start.ctypes.data, sums.ctypes.data,
+            (True, packed.ctypes.data, packed.shape[1], basis.ctypes.data, width, start.ctypes.data, sums.ctypes.data,
              4 * channels, 4 * groups, _BLOCK, channels // VECTOR)
         )  # fmt: skip
 
     def run() -> int:
         for call in calls:
             for _ in range(blocks):
-                byte_product(*call)
+                product(*call)
         # The calls know only addresses: this keeps their memory.
         return packed.size + sums.size
 
