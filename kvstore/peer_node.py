@@ -42,7 +42,7 @@ _MAX_PAUSE_RATIO: Final = 12.0
 _STEADY_S: Final = 10.0
 """A link that held for this long is opened again at once when it breaks."""
 _PATH_FAILURES: Final = 2
-"""Failures in a row after which the pair takes its next path."""
+"""Failures in a row after which the pair takes its next path; transfers that ran side by side fail once."""
 _PATH_PAUSE_S: Final = 30.0
 _MAX_PATH_PAUSE_S: Final = 600.0
 _DESCRIBE_S: Final = 10.0
@@ -54,6 +54,10 @@ _FOLDED_ITEMS: Final = 512
 _FAIR_RATIO: Final = 0.5
 _LOOP_GRACE_S: Final = 0.5
 """A loop that is this late with an answer is overloaded: the caller goes on without it."""
+
+
+class _NotLentError(PeerGoneError):
+    """The transfer had not come to its data path yet."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +108,8 @@ class PeerNode:
         self._transports: dict[str, Transport] = {}
         self._path_breakers: dict[str, Breaker] = {}
         self._path_errors: dict[str, str] = {}
+        self._path_blamed_s: dict[str, float] = {}
+        """When a path's last failure was counted, in monotonic time."""
         self._choice = Choice(None, "not connected yet")
         self._transfers = 0
         self._problem = "connecting"
@@ -147,13 +153,12 @@ class PeerNode:
 
     async def run(self) -> None:
         """Keep link and feed until cancelled; afterwards nothing of the peer is left."""
-        tasks = [asyncio.create_task(self._keep_link()), asyncio.create_task(self._keep_feed())]
         try:
-            await asyncio.gather(*tasks)
+            # A group cancels each of them once: cancelled again, the link would leave its data paths open.
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._keep_link())
+                tasks.create_task(self._keep_feed())
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
             self._context.directory.drop_node(self.node_id)
 
     # The link.
@@ -301,7 +306,8 @@ class PeerNode:
             )
             metrics.PEER_READS.labels(choice.transport, outcome).inc()
             if is_fair or outcome != "gone":
-                blame = self._blame(connected, choice.transport, str(error))
+                name = None if isinstance(error, _NotLentError) else choice.transport
+                blame = self._blame(connected, name, str(error), began_s=now_s)
                 try:
                     asyncio.run_coroutine_threadsafe(blame, self._context.loop)
                 except RuntimeError:
@@ -322,8 +328,11 @@ class PeerNode:
         on_bytes: OnBytes,
     ) -> Header | None:
         started_s = time.monotonic()
-        transport = self._transport(connected, name)
-        lent = self._lend(connected.link, key, name, min(stop_s - started_s, answer_s))
+        try:
+            transport = self._transport(connected, name)
+            lent = self._lend(connected.link, key, name, min(stop_s - started_s, answer_s))
+        except PeerGoneError as error:
+            raise _NotLentError(str(error)) from error
         if lent.offer is None:
             metrics.PEER_READS.labels(name, "miss").inc()
             return None
@@ -399,13 +408,20 @@ class PeerNode:
         if name in self._path_breakers:
             self._path_breakers[name].record_success()
 
-    async def _blame(self, connected: _Connected, name: str, error: str) -> None:
-        """After a failed transfer: the path, if the peer itself answers; else the peer."""
+    async def _blame(self, connected: _Connected, name: str | None, error: str, *, began_s: float) -> None:
+        """After a failed transfer: the peer if it does not answer now; else the path, if the transfer had come to it.
+
+        A peer that answers again may have stood still before. All transfers that it held up fail then, and that says
+        no more about the path than one of them.
+        """
         try:
             await connected.link.describe(timeout_s=_PROBE_S)
         except PeerGoneError:
             self._breaker.record_failure(now_s=time.monotonic())
             return
+        if name is None or began_s < self._path_blamed_s.get(name, began_s):
+            return
+        self._path_blamed_s[name] = time.monotonic()
         self._path_errors[name] = error
         breaker = self._path_breakers.setdefault(
             name, Breaker(failures=_PATH_FAILURES, first_pause_s=_PATH_PAUSE_S, max_pause_s=_MAX_PATH_PAUSE_S)

@@ -337,7 +337,7 @@ class Verified(_Message, frozen=True):
     bad: int
     """Damaged, and dropped."""
     unread: int
-    """Not there any more, or the medium did not answer."""
+    """The medium did not answer, or the record was sealed with a store key that is not here."""
 
 
 class Collected(_Message, frozen=True):

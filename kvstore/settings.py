@@ -21,6 +21,8 @@ MIN_HOST_BYTES: Final = 1 << 20
 """Smallest arena: sixteen chunks of one page."""
 MIN_STAGING_BYTES: Final = 8 << 20
 """Smallest memory of a NIXL sidecar: three pieces that land, and as much that is offered."""
+MAX_HEARTBEAT_S: Final = 1.0
+"""Followers of events take three seconds of silence for a store's end (`kvstore.events.DirectoryFeed`)."""
 
 PolicyName = Literal["cost", "lru", "s3fifo", "arc"]
 
@@ -170,6 +172,15 @@ class PeerSettings(SettingsBase):
             raise ValueError(f"each data path once, in order of preference; given: {', '.join(transports)}")
         return transports
 
+    @model_validator(mode="after")
+    def _check_times(self) -> Self:
+        if 2 * self.heartbeat_s > self.lease_s:
+            raise ValueError(
+                f"leases of a silent peer end after lease_s {self.lease_s:g}: "
+                f"heartbeat_s must be at most half of it, is {self.heartbeat_s:g}"
+            )
+        return self
+
 
 class NixlSettings(SettingsBase):
     """The NIXL sidecar: used where `peers.transports` names `nixl`."""
@@ -249,7 +260,7 @@ class StoreSettings(SettingsBase):
     """Requests of one connection that wait for a write or a file."""
     max_event_ring: PositiveInt = 16384
     """Events kept for subscribers that missed some; who missed more gets a snapshot."""
-    heartbeat_s: PositiveFloat = 0.5
+    heartbeat_s: float = Field(default=0.5, gt=0, le=MAX_HEARTBEAT_S)
     """Seconds between heartbeats of the event stream."""
     events_port: int | None = Field(default=None, ge=1, le=65535)
     """Port of the event stream; None takes a free one."""

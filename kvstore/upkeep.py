@@ -130,7 +130,8 @@ class Upkeep:
         """Read records of the tiers below again, one at a time per tier; damaged ones are dropped.
 
         Returns:
-            Records that are "good", "bad" (and dropped), "unread": gone, or the medium did not answer.
+            Records that are "good", "bad" (and dropped), "unread": the medium did not answer, or the store key is not
+            here.
         """
         wanted = list(keys)
         outcomes = await asyncio.gather(*(self._verify(shelf, wanted) for shelf in self._shelves))
@@ -143,8 +144,8 @@ class Upkeep:
             if entry is None:
                 continue
             outcome = await shelf.run(partial(_read_again, shelf, key, entry))
-            if outcome == "unread" and shelf.entry(key) is None:
-                # The tier found out by itself, and has dropped it.
+            if outcome == "unread" and shelf.entry(key) is None and shelf.medium.entry(key) is None:
+                # The tier found out by itself, and has dropped it. A record of another store key is kept.
                 outcome = "bad"
             elif outcome == "bad":
                 # A drop that has begun is ended, also when whoever asked for this has gone.

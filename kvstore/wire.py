@@ -25,7 +25,7 @@ from kvstore.keys import ChunkKey, KvScope
 from kvstore.untrusted import UNDECODABLE
 
 PLAN_HEADER: Final = "x-serve-router-plan"
-"""HAProxy strips client-sent headers with this prefix (design note RAY, section 5)."""
+"""HAProxy strips client-sent headers with this prefix."""
 REQUEST_ID_HEADER: Final = "x-request-id"
 NODE_HEADER: Final = "x-learnonce-node"
 """Node of the worker that asks another one for chunks. A hint for how they are coded, so it is not signed."""

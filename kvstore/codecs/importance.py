@@ -22,15 +22,18 @@ and optionally, where importance is not just the expected attention:
     importance_tail   f32 [L, 2, G, T]  what is added to that for the chunk's last tokens, the very last one first
 """
 
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
+from numba import types
 from numpy.typing import NDArray
 
 from kvstore.codecs.profile import NUM_CLASSES, Profile, ProfileDataError, derived
+from kvstore.compiled import compiled
 
 _NEEDED: Final = ("attention_mean", "attention_factor", "class_bounds")
 _CURVE: Final = ("importance_at", "importance", "importance_tail")
+_NO_CURVE: Final = np.empty((2, 0, 0), np.float32)
 
 Floats = NDArray[np.float32]
 
@@ -43,22 +46,21 @@ def log_attention(
     Of the heads of a group, the one counts that needs the token most. `diagonal_NH` is the factor's diagonal, where it
     has nothing else.
     """
-    by_head = k_TNH.transpose(1, 0, 2)
-    spread_NTJ = _spread(by_head, factor_NHJ, diagonal_NH)
-    log_NT = np.einsum("nth,nh->nt", by_head, mean_NH) + np.float32(0.5) * np.square(spread_NTJ, out=spread_NTJ).sum(
-        axis=2
-    )
-    log_NT = log_NT - log_NT.max(axis=1, keepdims=True)
+    log_NT: Floats = np.einsum("tnh,nh->nt", k_TNH, mean_NH, order="C")
+    log_NT += np.float32(0.5) * _squares(k_TNH, factor_NHJ, diagonal_NH)
+    log_NT -= log_NT.max(axis=1, keepdims=True)
     log_NT -= np.log(np.exp(log_NT).mean(axis=1, keepdims=True))
-    best_GT: Floats = log_NT.reshape(groups, len(log_NT) // groups, -1).max(axis=1)
-    return best_GT
+    best_GT = log_NT.reshape(groups, len(log_NT) // groups, -1).max(axis=1)
+    return np.ascontiguousarray(best_GT)
 
 
-def _spread(k_NTH: Floats, factor_NHJ: Floats, diagonal_NH: Floats | None) -> Floats:
-    """`k F`. Of a diagonal F all other products are zero."""
+def _squares(k_TNH: Floats, factor_NHJ: Floats, diagonal_NH: Floats | None) -> Floats:
+    """`|k F|^2`, `[N, T]`. Of a diagonal F all other products are zero."""
     if diagonal_NH is None:
-        return k_NTH @ factor_NHJ
-    return np.multiply(k_NTH, diagonal_NH[:, None], order="C")
+        spread_NTJ = k_TNH.transpose(1, 0, 2) @ factor_NHJ
+        return np.square(spread_NTJ, out=spread_NTJ).sum(axis=2)
+    spread_TNH = np.multiply(k_TNH, diagonal_NH, order="C")
+    return np.square(spread_TNH, out=spread_TNH).sum(axis=2).T
 
 
 def _diagonals(factor_LNHJ: Floats) -> Floats | None:
@@ -89,21 +91,50 @@ def token_classes(profile: Profile, k_TNH: Floats, *, layer: int) -> NDArray[np.
     encoder, groups, diagonals = profile.encoder, profile.groups, derived(profile, _checked_diagonals)
     attention_GT = log_attention(
         k_TNH,
-        mean_NH=encoder["attention_mean"][layer].astype(np.float32),
-        factor_NHJ=encoder["attention_factor"][layer].astype(np.float32),
+        mean_NH=encoder["attention_mean"][layer].astype(np.float32, copy=False),
+        factor_NHJ=encoder["attention_factor"][layer].astype(np.float32, copy=False),
         groups=groups,
         diagonal_NH=None if diagonals is None else diagonals[layer],
     )
+    at, importance, tail, bounds = (
+        np.ascontiguousarray(encoder[name][layer], np.float32) if name in encoder else _NO_CURVE
+        for name in (*_CURVE, _NEEDED[-1])
+    )
     classes = np.empty((2, groups, len(k_TNH)), np.int16)
-    for kv in (0, 1):
-        for group in range(groups):
-            importance_T = attention_GT[group]
-            if _CURVE[0] in encoder:
-                at_P, importance_P, tail_T = (encoder[name][layer, kv, group] for name in _CURVE)
-                importance_T = importance_of(importance_T, at_P=at_P, importance_P=importance_P, tail_T=tail_T)
-            bounds_B = encoder["class_bounds"][layer, kv, group]
-            classes[kv, group] = (bounds_B[:, None] > importance_T).sum(axis=0)
+    _classify(attention_GT, at, importance, tail, bounds, classes)
     return classes
+
+
+_FLOATS_3: Final = types.Array(types.float32, 3, "C", readonly=True)
+
+
+@compiled(types.void(types.float32[:, ::1], *[_FLOATS_3] * 4, types.int16[:, :, ::1]))
+def _classify(attention: Any, at: Any, importance: Any, tail: Any, bounds: Any, classes: Any) -> None:
+    """Classes by K and V, group and token, as `importance_of` and the bounds say; no knots: of the attention itself."""
+    knots, tokens = at.shape[2], attention.shape[1]
+    for kv in range(2):
+        for group in range(attention.shape[0]):
+            for token in range(tokens):
+                seen = attention[group, token]
+                if knots:
+                    x, y = at[kv, group], importance[kv, group]
+                    below = -1
+                    for knot in range(knots):
+                        below += x[knot] <= seen
+                    if below < 0:
+                        seen = y[0]
+                    elif below == knots - 1:
+                        seen = y[below]
+                    else:
+                        first, level = np.float64(x[below]), np.float64(y[below])
+                        slope = (np.float64(y[below + 1]) - level) / (np.float64(x[below + 1]) - first)
+                        seen = np.float32(slope * (np.float64(seen) - first) + level)
+                    if tokens - 1 - token < tail.shape[2]:
+                        seen += tail[kv, group, tokens - 1 - token]
+                number = 0
+                for bound in range(bounds.shape[2]):
+                    number += bounds[kv, group, bound] > seen
+                classes[kv, group, token] = number
 
 
 def _checked_diagonals(profile: Profile) -> Floats | None:

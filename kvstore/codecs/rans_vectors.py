@@ -121,6 +121,17 @@ class _Emitter:
         shifted = b.or_(b.shl(state, _all(_WORD_BITS)), read)
         return b.select(hungry, shifted, state), b.add(at, self.count(hungry))
 
+    def push(self, words: Any, at: Any, state: Any, frequency: Any, below: Any) -> tuple[Any, Any]:
+        """Encode 16 symbols; lanes that are full write a word first. New state, new write position."""
+        b = self.builder
+        full = b.icmp_unsigned(">=", b.lshr(state, _all(20)), frequency)
+        at = b.sub(at, self.count(full))
+        store = self.declare("llvm.masked.compressstore.v16i32", ir.VoidType(), [_V32, _PTR, _V1])
+        low = b.and_(state, _all((1 << _WORD_BITS) - 1))
+        b.call(store, [low, self.pointer(words, b.mul(at, _I64(4))), full])
+        state = b.select(full, b.lshr(state, _all(_WORD_BITS)), state)
+        return b.add(_emit_push(b, state, frequency), below), at
+
 
 _JOB_TYPES: Final = types.void(types.uintp, types.uintp, types.intp)
 _JOB_FIELDS: Final = 6
@@ -236,13 +247,7 @@ def _emit_encode(_context: Any, builder: Any, _signature: Any, args: Any) -> Any
     entry = e.gather(entries, index)
     frequency = b.add(b.lshr(entry, _all(_TABLE_BITS)), _all(1))
     below = b.and_(entry, _all((1 << _TABLE_BITS) - 1))
-    full = b.icmp_unsigned(">=", b.lshr(state, _all(20)), frequency)
-    new_at = b.sub(at, e.count(full))
-    store = e.declare("llvm.masked.compressstore.v16i32", ir.VoidType(), [_V32, _PTR, _V1])
-    low = b.and_(state, _all((1 << _WORD_BITS) - 1))
-    b.call(store, [low, e.pointer(words, b.mul(new_at, _I64(4))), full])
-    state_in = b.select(full, b.lshr(state, _all(_WORD_BITS)), state)
-    new_state = b.add(_emit_push(b, state_in, frequency), below)
+    new_state, new_at = e.push(words, at, state, frequency, below)
     for phi, initial, later in ((left, count, token), (at, first, new_at), (state, start, new_state)):
         phi.add_incoming(initial, before)
         phi.add_incoming(later, loop)
@@ -250,6 +255,52 @@ def _emit_encode(_context: Any, builder: Any, _signature: Any, args: Any) -> Any
     b.position_at_end(done)
     b.store(new_state, e.pointer(states), align=4)
     return new_at
+
+
+@intrinsic
+def _encode_bits(
+    _context: Any, words: Any, at: Any, states: Any, cuts: Any, values: Any, missing: Any, count: Any
+) -> Any:
+    del words, at, states, cuts, values, missing, count
+    return types.intp(types.uintp, types.intp, *[types.uintp] * 3, types.intp, types.intp), _emit_bits
+
+
+def _emit_bits(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+    """As `_emit_encode`, for the bits that a level adds: comparisons instead of memory, as a gather takes longest."""
+    words, first, states, cuts, values, missing, count = args
+    e, b = _Emitter(builder), builder
+    by_context = [e.load(_V32, cuts, _I64(context * 4 * LANES)) for context in range(3)]
+    zeros, ones = ([half(each) for each in by_context] for half in (partial(b.and_, _all(0xFFFF)), partial(_high, b)))
+    single = b.insert_element(ir.Constant(_V32, ir.Undefined), b.trunc(missing, _I32), _I32(0))
+    shift = b.shuffle_vector(single, single, _all(0))
+    start = e.load(_V32, states)
+    before = b.block
+    loop, done = b.append_basic_block("token"), b.append_basic_block("done")
+    b.branch(loop)
+    b.position_at_end(loop)
+    left, at, state = b.phi(_I64), b.phi(_I64), b.phi(_V32)
+    token = b.sub(left, _I64(1))
+    value = b.sext(e.load(_V16, values, b.mul(token, _I64(2 * LANES)), align=2), _V32)
+    size = b.lshr(e.magnitude(value), shift)
+    known = b.lshr(size, _all(1))
+    zero, one = e.table(zeros, known), e.table(ones, known)
+    is_set = b.icmp_unsigned("!=", b.and_(size, _all(1)), _all(0))
+    # Until a value has a sign, its first bit brings it.
+    is_minus = b.and_(b.icmp_unsigned("==", size, _all(1)), b.icmp_signed("<", value, _all(0)))
+    low = b.select(is_minus, _all(0), b.select(is_set, one, zero))
+    top = b.select(is_minus, zero, b.select(is_set, _all(1 << _TABLE_BITS), one))
+    new_state, new_at = e.push(words, at, state, b.sub(top, low), low)
+    for phi, initial, later in ((left, count, token), (at, first, new_at), (state, start, new_state)):
+        phi.add_incoming(initial, before)
+        phi.add_incoming(later, loop)
+    b.cbranch(b.icmp_signed(">", token, _I64(0)), loop, done)
+    b.position_at_end(done)
+    b.store(new_state, e.pointer(states), align=4)
+    return new_at
+
+
+def _high(b: Any, cuts: Any) -> Any:
+    return b.lshr(cuts, _all(16))
 
 
 def _emit_push(b: Any, state: Any, frequency: Any) -> Any:
@@ -317,3 +368,12 @@ def encode_group(
     `decode_streams`. Returns the new write position: at most `16 * count` words lower.
     """
     return _encode_group(entries, words, at, states, tables, symbols, known, count)
+
+
+@compiled("intp(uintp, intp, uintp, uintp, uintp, intp, intp)")
+def encode_bits(words: int, at: int, states: int, cuts: int, values: int, missing: int, count: int) -> int:
+    """`encode_group` of what a refinement adds to `values` i16[count, 16], which `missing` levels lie behind.
+
+    `cuts` as in `decode_streams`.
+    """
+    return _encode_bits(words, at, states, cuts, values, missing, count)

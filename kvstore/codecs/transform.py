@@ -31,6 +31,7 @@ from kvstore.codecs.transform_encode import (
     forward_of,
     is_finite,
     unrotate,
+    widen,
 )
 from kvstore.codecs.transform_layer import decode_bands, decode_levels
 from kvstore.codecs.transform_plan import padded, plan_of, rotary_tables
@@ -419,15 +420,18 @@ def _encode_layer(
     """Sections of one layer, by level, K and V, head group."""
     exact = stream.num_exact(meta, profile)
     tokens = meta.num_tokens - exact
+    # A copy in any case: keys are turned back in place.
+    x_2TNH = np.empty((2, tokens, *kv_2TNH.shape[2:]), np.float32)
     # Also what is stored exactly: a NaN there would reach every token that attends to it, in each request.
-    if not torch.isfinite(kv_2TNH[:, :exact]).all():
+    if kv_2TNH.dtype == torch.bfloat16:
+        all_finite = widen(kv_2TNH.contiguous().view(torch.int16).numpy(), exact, x_2TNH.view(np.int32))
+    else:
+        torch.from_numpy(x_2TNH).copy_(kv_2TNH[:, exact:])
+        all_finite = is_finite(x_2TNH.reshape(-1).view(np.int32)) and bool(torch.isfinite(kv_2TNH[:, :exact]).all())
+    if not all_finite:
         raise CodecDataError(f"KV of layer {layer} is not finite")
     if not tokens:
         return [[b""] * (2 * profile.groups)] * num_levels
-    # A copy in any case: keys are turned back in place.
-    x_2TNH = torch.empty((2, tokens, *kv_2TNH.shape[2:]), dtype=torch.float32).copy_(kv_2TNH[:, exact:]).numpy()
-    if not is_finite(x_2TNH.reshape(-1).view(np.int32)):
-        raise CodecDataError(f"KV of layer {layer} is not finite")
     cosine, sine = rotary_tables(profile, first=meta.base_position + exact, count=tokens)
     unrotate(x_2TNH[0], cosine, sine, profile.is_neox)
     classes_2GT = token_classes(profile, x_2TNH[0], layer=layer)
@@ -478,10 +482,10 @@ def _encode_band(
         missing, count = profile.num_levels - 1 - level, plan.num_groups[index, level]
         most = _SECTION_BYTES + (2 + _ESCAPE_BYTES) * LANES * tokens * count + 2 * len(classes)
         out = np.empty(min(most, room), np.uint8)
-        tables = forward.table_starts[index, level]
         if level:
-            size = encode_refinement(values, missing, count, tables, entries, out)
+            size = encode_refinement(values, missing, count, plan.table_starts[index, level], out)
         else:
+            tables = forward.table_starts[index]
             ids, low, high = forward.class_starts[index], forward.low[index], forward.high[index]
             size = encode_base(values, missing, count, tables, ids, classes, low, high, entries, out)
         if size == TOO_LONG:

@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 
 from kvstore.codecs.profile import Profile, ProfileDataError, derived
 from kvstore.codecs.rans import FIRST_STATE
-from kvstore.codecs.rans_vectors import LANES, encode_group
+from kvstore.codecs.rans_vectors import LANES, encode_bits, encode_group
 from kvstore.codecs.transform_plan import MAX_VALUE, Plan, encoder_starts, flat_bands, plan_of
-from kvstore.codecs.transform_vectors import product, quantise_16, refinement_16
+from kvstore.codecs.transform_vectors import product, quantise_16
 from kvstore.compiled import compiled
 
 BLOCK: Final = 16
@@ -40,7 +40,7 @@ class Forward:
 
     plan: Plan
     table_starts: NDArray[np.int32]
-    """`[W, V, row group, context, lane]`."""
+    """Of level 0, `[W, row group, context, lane]`."""
     class_starts: NDArray[np.int32]
     matrix: NDArray[np.float32]
     """Inverse of basis and scale, in finest bins: `[W, vector of rows, C, 16 rows]`."""
@@ -80,7 +80,7 @@ def _build(profile: Profile) -> Forward:
     by_vector = matrix.reshape(len(bands), channels, rows // LANES, LANES).transpose(0, 2, 1, 3)
     return Forward(
         plan=plan,
-        table_starts=encoder_starts(plan.table_ids),
+        table_starts=encoder_starts(plan.table_ids[:, 0]),
         class_starts=encoder_starts(plan.class_ids),
         matrix=np.ascontiguousarray(by_vector),
         start=start,
@@ -142,6 +142,22 @@ def is_finite(bits: Any) -> bool:
     for index in range(len(bits)):
         greatest = max(greatest, bits[index] & np.int32(0x7FFFFFFF))
     return bool(greatest < 0x7F800000)
+
+
+@compiled(types.boolean(types.Array(types.int16, 4, "C", readonly=True), types.intp, types.int32[:, :, :, ::1]))
+def widen(bits: Any, first: int, out: Any) -> bool:
+    """bfloat16 `[2, T, N, H]` from token `first` on to float32, both as bits. Whether all are finite, also before."""
+    greatest = np.int16(0)
+    for kv in range(2):
+        for token in range(bits.shape[1]):
+            source = bits[kv, token].reshape(-1)
+            for index in range(len(source)):
+                greatest = max(greatest, source[index] & np.int16(0x7FFF))
+            if token >= first:
+                target = out[kv, token - first].reshape(-1)
+                for index in range(len(source)):
+                    target[index] = np.int32(source[index]) << np.int32(16)
+    return bool(greatest < 0x7F80)
 
 
 @compiled(types.void(types.float32[:, :, ::1], _F32_2, _F32_2, types.boolean))
@@ -294,20 +310,15 @@ def encode_base(
     return _put_stream(out, end, states, words, at)
 
 
-@compiled(types.intp(_VALUES, types.intp, types.intp, _IDS_3, _ENTRIES, _OUT))
-def encode_refinement(values: Any, missing: int, groups: int, tables: Any, entries: Any, out: Any) -> int:
+@compiled(types.intp(_VALUES, types.intp, types.intp, _IDS_3, _OUT))
+def encode_refinement(values: Any, missing: int, groups: int, cuts: Any, out: Any) -> int:
     """The bit that a level adds, as a section at the start of `out`; its length, or `TOO_LONG`."""
     tokens = values.shape[1]
-    symbols, known = np.empty((tokens, LANES), np.int16), np.empty((tokens, LANES), np.int16)
     states = np.full(LANES, FIRST_STATE, np.uint32)
     words = np.empty(groups * tokens * LANES, np.uint32)
     at = len(words)
-    table, into, state = entries.ctypes.data, words.ctypes.data, states.ctypes.data
+    into, state = words.ctypes.data, states.ctypes.data
     for group in range(groups - 1, -1, -1):
-        for token in range(tokens):
-            offset = 2 * LANES * token
-            source = values.ctypes.data + 2 * LANES * (group * tokens + token)
-            refinement_16(source, np.int16(missing), symbols.ctypes.data + offset, known.ctypes.data + offset)
-        ids = tables[group].ctypes.data
-        at = encode_group(table, into, at, state, ids, symbols.ctypes.data, known.ctypes.data, tokens)
+        source = values.ctypes.data + 2 * LANES * tokens * group
+        at = encode_bits(into, at, state, cuts[group].ctypes.data, source, missing, tokens)
     return _put_stream(out, 0, states, words, at)

@@ -261,27 +261,6 @@ def _emit_quantise(context: Any, b: Any, _signature: Any, args: Any) -> Any:
     return context.get_dummy_value()
 
 
-@intrinsic
-def refinement_16(_context: Any, values: Any, missing: Any, symbols: Any, known: Any) -> Any:
-    """Of 16 symbols (i16): the bit that a level adds, and what is known before it, both i16; all at addresses."""
-    del values, missing, symbols, known
-    return types.void(types.uintp, types.int16, types.uintp, types.uintp), _emit_refinement
-
-
-def _emit_refinement(context: Any, b: Any, _signature: Any, args: Any) -> Any:
-    values, missing, symbols, known = args
-    value = b.load(b.inttoptr(values, _PTR), align=2, typ=_V16)
-    magnitude = b.call(_declare(b, "llvm.abs.v16i16", _V16, [_V16, _I1]), [value, _I1(0)])
-    size = b.lshr(magnitude, _splat(b, missing, _V16))
-    one = _constants(_V16, 1)
-    bit = b.and_(size, one)
-    # Until a value has a sign, its first bit brings it.
-    brings = b.and_(b.icmp_signed("==", size, one), b.icmp_signed("<", value, _constants(_V16, 0)))
-    b.store(b.select(brings, _constants(_V16, -1), bit), b.inttoptr(symbols, _PTR), align=2)
-    b.store(b.lshr(size, one), b.inttoptr(known, _PTR), align=2)
-    return context.get_dummy_value()
-
-
 def _finish_of(*, is_half: bool) -> tuple[Any, Any]:
     """Two ways from 16 (or 2 * 16) sums to values at addresses, in bfloat16 or float32; each operation is rounded.
 

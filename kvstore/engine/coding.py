@@ -43,7 +43,7 @@ FIRST_BYTES: Final = 64
 _PROFILE_S: Final = 2.0
 """Bound on asking the store about a profile while chunks are saved."""
 _LEVEL_BITS: Final = (1.2, 2.0, 3.0, 4.0)
-"""Bits per value by level (design note CODEC_AND_JOIN, section 2): a guess is enough to tell a hundred-fold difference
+"""Bits per value by level: a guess is enough to tell a hundred-fold difference
 between links."""
 _PLAIN_RATIO: Final = 0.5
 """The same for codecs without levels."""

@@ -8,7 +8,7 @@ Shape letters: L layers, 2 for K and V, T tokens, N KV heads, H head dimension, 
 Every backend registers `[blocks, N, B, 2*H]` per layer. FlashAttention keeps K and V of a token side by side in the
 last dimension. The CPU backend keeps each page `[B, 2*H]` in an order of its own, which depends on the instruction set
 (K in transposed tiles, then V). So KV is written only by the backend's own cache operation, and read on the CPU through
-a permutation that is learned once by writing patterns with that operation (design note ENGINE, section 4).
+a permutation that is learned once by writing patterns with that operation.
 """
 
 import math

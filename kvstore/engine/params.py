@@ -168,20 +168,16 @@ def parse_transfer_params(raw: Mapping[str, Any] | None, *, num_prompt_tokens: i
 
 
 def inexact_start(params: TransferParams) -> int:
-    """The first token whose KV is approximate after a join: exact chunks cover everything before it.
+    """The first token whose KV is approximate after a join: everything before it is loaded exact, or computed.
 
     Example:
-        >>> a, b, c = (ChunkSpan(ChunkKey(bytes(32)), *r) for r in ((0, 4), (4, 9), (9, 20, 4)))
+        >>> a, b, c = (ChunkSpan(ChunkKey(bytes(32)), *r) for r in ((0, 4), (5, 9), (12, 20, 4)))
         >>> join = JoinParams(method="naive", share=0.0, tail_start=20)
         >>> inexact_start(TransferParams(load=(a, b, c), save=(), load_deadline_s=1.0, join=join))
-        9
+        12
     """
-    position = 0
-    for span in params.load:
-        if span.base is not None or span.start > position:
-            break
-        position = span.stop
-    return position
+    assert params.join is not None
+    return min((span.start for span in params.load if span.base is not None), default=params.join.tail_start)
 
 
 def _wire_span(span: SpanLike) -> list[Any]:

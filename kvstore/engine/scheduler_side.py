@@ -13,7 +13,7 @@ A request's tokens, half-open ranges:
 A joined request is loaded up to prompt - 1, whatever its chunks cover: the worker half computes what is missing.
 
 Livelock: when nothing of a load arrives, vLLM asks again as if the request were new. The half remembers
-`(request, num_preemptions)` and answers "nothing" the second time (design note ENGINE, section 2).
+`(request, num_preemptions)` and answers "nothing" the second time.
 """
 
 import logging

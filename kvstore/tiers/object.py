@@ -40,7 +40,7 @@ from kvstore.tiers.object_names import MAX_NAME_CHARS, object_name
 log = logging.getLogger(__name__)
 
 _MAX_PAUSES: Final = 12
-_DELETIONS_PER_CALL: Final = 256
+_MAX_DELETIONS: Final = 256
 _CLOSE_S: Final = 2.0
 """How long an end waits for deletions that are due, and for the keeping thread."""
 
@@ -94,6 +94,8 @@ class ObjectTier:
         self._writing: dict[ChunkKey, bool] = {}
         """Keys in the books whose object is on its way; whether it is still wanted."""
         self._deleting: set[str] = set()
+        self._num_deletions = _MAX_DELETIONS
+        """In one call: fewer where more were late, as that of a call which is late is begun anew."""
         self._listing = threading.Lock()
         self._is_closing = False
         self._was_refused = False
@@ -395,19 +397,14 @@ class ObjectTier:
         level = logging.DEBUG if self._was_refused or self._is_closing else logging.WARNING
         self._was_refused = True
         what = "needs you" if isinstance(error, BucketRefusedError) else "is tried again"
-        log.log(
-            level,
-            "object_tier_unusable bucket=%s, the store runs without it and it %s: %s",
-            self._bucket.address,
-            what,
-            _told(error),
-        )
+        text = "object_tier_unusable bucket=%s, the store runs without it and it %s: %s"
+        log.log(level, text, self._bucket.address, what, _told(error))
 
     def _delete_doomed(self) -> bool:
         """Delete what is due; False if the bucket did not do it."""
         while True:
             with self._lock:
-                due = list(self._index.doomed.items())[:_DELETIONS_PER_CALL]
+                due = list(self._index.doomed.items())[: self._num_deletions]
                 if not due:
                     return True
                 self._deleting.update(name for name, _ in due)
@@ -415,8 +412,11 @@ class ObjectTier:
             try:
                 self._delete(due)
                 is_done = True
+                self._num_deletions = min(_MAX_DELETIONS, self._num_deletions + 1)
             except BucketError as error:
                 log.warning("object_deletion_failed objects=%d error=%s", len(due), _told(error))
+                if isinstance(error, BucketLateError):
+                    self._num_deletions = max(1, self._num_deletions // 2)
                 return False
             finally:
                 with self._changed:

@@ -71,12 +71,13 @@ class Clients:
     def patient(self) -> ObjectStore:
         """For requests without a body to speak of: tries again by itself, all within the tier's deadline."""
         settings = self._settings
+        timeout_s = min(settings.timeout_s, settings.deadline_s)
         return self._cached(
             "patient",
-            client=self._timeouts(settings.timeout_s),
+            client=self._timeouts(timeout_s),
             retries=settings.max_retries,
             # No try begins that could outlive the deadline.
-            retry_s=max(0.0, settings.deadline_s - settings.timeout_s),
+            retry_s=settings.deadline_s - timeout_s,
         )
 
     def for_one_try(self, wanted_s: float, *, stop_s: float, has_answer_body: bool) -> ObjectStore:
@@ -95,17 +96,17 @@ class Clients:
         limit_s = SHORTEST_S
         while limit_s < wanted_s:
             limit_s *= 2
-        while True:
-            while limit_s > stop_s - time.monotonic():
-                limit_s /= 2
-            if limit_s < SHORTEST_S:
-                raise BucketLateError(f"no time is left to ask {self.address}")
-            client = self._timeouts(limit_s)
-            if has_answer_body:
-                client["read_timeout"] = f"{max(1, round(1000 * min(limit_s, self._settings.timeout_s)))}ms"
-            made = self._cached(f"{limit_s} s {has_answer_body}", client=client, retries=0, retry_s=0.0)
+        while limit_s >= SHORTEST_S:
             if limit_s <= stop_s - time.monotonic():
-                return made
+                client = self._timeouts(limit_s)
+                if has_answer_body:
+                    client["read_timeout"] = f"{max(1, round(1000 * min(limit_s, self._settings.timeout_s)))}ms"
+                made = self._cached(f"{limit_s} s {has_answer_body}", client=client, retries=0, retry_s=0.0)
+                # Making one takes its time.
+                if limit_s <= stop_s - time.monotonic():
+                    return made
+            limit_s /= 2
+        raise BucketLateError(f"no time is left to ask {self.address}")
 
     def close(self) -> None:
         """Forget the clients, and with them their connections."""

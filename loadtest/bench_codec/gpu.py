@@ -159,16 +159,16 @@ def _sections_of(wide: Profile, index: int, values: NDArray[np.int16], classes: 
     """What the encoder writes for these symbols of one band."""
     plan = plan_of(wide)
     low, high = (bounds[index] for bounds in _symbol_bounds(plan))
-    ids, class_ids = encoder_starts(plan.table_ids[index]), encoder_starts(plan.class_ids[index])
+    ids, class_ids = encoder_starts(plan.table_ids[index, 0]), encoder_starts(plan.class_ids[index])
     entries = plan.tables.encoder_KE
     sections = []
     for level in range(wide.num_levels):
         missing, count = wide.num_levels - 1 - level, plan.num_groups[index, level]
         out = np.empty(68 + 8 * values.size + 2 * len(classes), np.uint8)
         if level:
-            size = encode_refinement(values, missing, count, ids[level], entries, out)
+            size = encode_refinement(values, missing, count, plan.table_starts[index, level], out)
         else:
-            size = encode_base(values, missing, count, ids[0], class_ids, classes, low, high, entries, out)
+            size = encode_base(values, missing, count, ids, class_ids, classes, low, high, entries, out)
         sections.append(out[:size].tobytes())
     return sections
 

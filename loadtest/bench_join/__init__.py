@@ -60,7 +60,7 @@ EXACT_LOAD: Final = "exact_load"
 NOISE_FLOOR: Final = "noise_floor"
 """The reference's own KV rounded to bfloat16: what a deployment in 16 bits cannot be better than."""
 WRONG_KV: Final = "wrong_kv"
-"""Control: KV of other passages at every place. A benchmark that finds no error here measures nothing."""
+"""Control: every K with the V of another passage. A benchmark that finds no error here measures nothing."""
 CONTROLS: Final = (AGAIN, EXACT_LOAD, NOISE_FLOOR, WRONG_KV)
 
 

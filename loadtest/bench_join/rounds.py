@@ -93,14 +93,16 @@ class Rounds:
     def __init__(
         self, engine: MeasuredEngine, store: NodeStoreClient, *, points: Sequence[JoinPoint], seed: int
     ) -> None:
-        self._engine, self._store = engine, store
+        self.engine = engine
+        """What is asked."""
+        self._store = store
         self._points, self._draw = points, random.Random(seed)
         self._count = 0
         self._kept: list[ChunkKey] = []
 
     def counters(self) -> dict[str, float]:
         """The engine's, since it started."""
-        return self._engine.counters()
+        return self.engine.counters()
 
     def measure(self, context: Context) -> list[Row]:
         """Rows of one context: the reference, controls, every way to join.
@@ -113,19 +115,18 @@ class Rounds:
         exact = self._exact(context, salt="exact")
         num_tokens = len(context.answer) or ANSWER_TOKENS
         save = build_transfer_params(save=exact, load_deadline_s=_DEADLINE_S)
-        full, logits_TW = self._engine.read(
+        full, logits_TW = self.engine.read(
             context.ids, salt=self._salt(), transfer=save, max_tokens=num_tokens, answer=context.answer
         )
         self._wait(exact)
         reference_TW = log_probabilities(logits_TW)
-        # The first chunk is the system prompt: no other has its place.
         requests = {AGAIN: _Request(), EXACT_LOAD: _loading(exact)}
         requests[NOISE_FLOOR] = _loading(self._changed(context, exact, lambda kv: kv.to(torch.bfloat16).float()))
-        requests[WRONG_KV] = _loading(self._changed(context, exact, lambda kv: kv.roll(kv.shape[2] // 2, dims=2)))
+        requests[WRONG_KV] = _loading(self._changed(context, exact, with_wrong_values))
         requests |= {point.name: self._join(context, point) for point in self._points}
         rows = {FULL: _row(context, FULL, full, reference_TW, reference_TW)}
         for name, request in self._shuffled(requests):
-            said, other_TW = self._engine.read(
+            said, other_TW = self.engine.read(
                 context.ids,
                 salt=self._salt(),
                 transfer=request.transfer,
@@ -137,7 +138,7 @@ class Rounds:
         check_controls(rows)
         timed = {name: each for name, each in requests.items() if name not in (AGAIN, NOISE_FLOOR, WRONG_KV)}
         for name, request in self._shuffled({FULL: _Request(), **timed}):
-            said = self._engine.time(context.ids, salt=self._salt(), transfer=request.transfer)
+            said = self.engine.time(context.ids, salt=self._salt(), transfer=request.transfer)
             _check_loaded(f"{context.name}, {name}", said, request)
             rows[name] |= {"ttft_s": said.ttft_s, "cpu_s": said.cpu_s}
         self._forget(context, learned)
@@ -147,18 +148,16 @@ class Rounds:
         """Every passage on its own behind the system prompt, as the prefill replicas do."""
         salt, keys = self._salt(), []
         for prompt in context.alone():
-            spans = [ChunkSpan(*_place(span)) for span in document_spans(prompt, scope=self._engine.scope, salt="")]
+            spans = [ChunkSpan(*_place(span)) for span in document_spans(prompt, scope=self.engine.scope, salt="")]
             transfer = build_transfer_params(save=spans, load_deadline_s=_DEADLINE_S)
-            self._engine.time([int(token) for token in prompt.ids], salt=salt, transfer=transfer)
+            self.engine.time([int(token) for token in prompt.ids], salt=salt, transfer=transfer)
             self._wait(spans)
             keys += [span.key for span in spans]
         return keys
 
     def _exact(self, context: Context, *, salt: str) -> list[ChunkSpan]:
         """Chunks of the very prompt; those of another salt have other names."""
-        return [
-            ChunkSpan(*_place(span)) for span in document_spans(context.prompt, scope=self._engine.scope, salt=salt)
-        ]
+        return [ChunkSpan(*_place(span)) for span in document_spans(context.prompt, scope=self.engine.scope, salt=salt)]
 
     def _join(self, context: Context, point: JoinPoint) -> "_Request":
         """What a worker asks for: the system prompt's own chunks, and passages from where they were learned."""
@@ -166,7 +165,7 @@ class Rounds:
             ChunkSpan(*_place(span))
             if span.passage_key is None or span.passage_key == span.key
             else ChunkSpan(span.passage_key, span.start, span.stop, span.base)
-            for span in document_spans(context.prompt, scope=self._engine.scope, salt="")
+            for span in document_spans(context.prompt, scope=self.engine.scope, salt="")
         ]
         join = JoinParams(method=point.method, share=point.share, tail_start=context.tail_start)
         num_joined = sum(span.stop - span.start for span in spans if span.base is not None)
@@ -217,6 +216,15 @@ class Rounds:
     def _salt(self) -> str:
         self._count += 1
         return f"bench {self._count}"
+
+
+def with_wrong_values(kv_L2TNH: torch.Tensor) -> torch.Tensor:
+    """Every K with the V of a token half a prompt away.
+
+    Moving both would change nothing: attention does not ask where a pair of K and V lies, and K knows its position.
+    """
+    k_LTNH, v_LTNH = kv_L2TNH.unbind(dim=1)
+    return torch.stack([k_LTNH, v_LTNH.roll(v_LTNH.shape[1] // 2, dims=1)], dim=1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -88,6 +88,26 @@ def test_verify_removes_what_another_kind_of_store_left_in_the_bucket(tmp_path: 
         client.close()
 
 
+def test_verify_leaves_what_another_store_key_sealed(tmp_path: Path) -> None:
+    """It is sound, and another node may have the key: no damage is told, and nothing is deleted."""
+    chosen = settings(tmp_path, encrypt=True)
+    socket_path = str(tmp_path / "s")
+    for number, store_key in enumerate(("5a" * 32, "a5" * 32)):
+        environment = {STORE_KEY_VARIABLE: store_key}
+        with StoreProcess(chosen, secret=SECRET, socket_path=socket_path, environment=environment) as process:
+            client = NodeStoreClient(socket_path, secret=SECRET, client_name="test")
+            if not number:
+                fill(client)
+            wait_held(client)
+            done = client.verify(deadline_s=SOON_S)
+            assert done is not None
+            sound, unread = (0, 2 * NUM_CHUNKS) if number else (2 * NUM_CHUNKS, 0)
+            assert (done.good, done.bad, done.unread) == (sound, 0, unread)
+            client.close()
+            process.stop()
+    assert len(list(tmp_path.rglob("*.rec"))) == 2 * NUM_CHUNKS
+
+
 def size_of(index: int) -> int:
     """Payload bytes. The first one is shorter than what sealing adds to a record."""
     return SIZE if index else OVERHEAD_BYTES - 1

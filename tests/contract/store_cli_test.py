@@ -88,6 +88,25 @@ def test_verify_drops_what_is_damaged_and_says_so(running):
     assert not path.exists()
 
 
+def test_verify_reads_part_by_part_each_with_its_own_time(running, monkeypatch):
+    """So that a pool of any size can be verified; a part that is late ends it."""
+    process, client, _ = running
+    stored(client, 5)
+    monkeypatch.setattr(store_cli, "_PART_CHUNKS", 2)
+    parts = []
+    verify_part = NodeStoreClient.verify
+
+    def verify(client, keys=None, *, deadline_s):
+        parts.append((len(keys), deadline_s))
+        return verify_part(client, keys, deadline_s=deadline_s)
+
+    monkeypatch.setattr(NodeStoreClient, "verify", verify)
+    assert "5 sound, 0 damaged" in run(process, "verify").output
+    assert parts == [(2, store_cli._LONG_S), (2, store_cli._LONG_S), (1, store_cli._LONG_S)]
+    monkeypatch.setattr(NodeStoreClient, "verify", lambda *_, **__: None)
+    assert isinstance(run(process, "verify").exception, UnavailableError)
+
+
 def test_gc_removes_what_crashes_left(running):
     process, client, folder = running
     stored(client, 1)

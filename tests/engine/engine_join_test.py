@@ -2,112 +2,44 @@
 
 Covers: 100 % recomputed equals a full prefill token for token, holes, missing and damaged chunks, prefix cache, salts,
 other requests meanwhile, failures, aborts, what is counted and saved.
-Does not cover: how good a small share is (`learnonce bench join`), other model families, plans of the router.
+Does not cover: how good a small share is (`learnonce bench join`), other model families
+(`tests/engine/engine_join_models_test.py`), plans of the router.
 """
 
 import os
-import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.engine_harness import Answer, Ask, EngineProcess
+from support.engine_harness import Ask
+from support.joins import (
+    ANCHOR_TOKENS,
+    ANSWER_TOKENS,
+    JOINED_TOKENS,
+    NOISE,
+    PREFIX,
+    TAIL_TOKENS,
+    World,
+    assert_same,
+    idle,
+    run_world,
+)
 
-from kvstore.client import NodeStoreClient
-from kvstore.engine.params import ChunkSpan, JoinMethod, JoinParams, build_transfer_params
+from kvstore.engine.params import JoinMethod
 from kvstore.engine.settings import ConnectorSettings, EngineSettings
-from kvstore.keys import child_key, root_key
-from kvstore.settings import StoreSettings
+from kvstore.keys import child_key
 from kvstore.testing.poll import wait_until
-from kvstore.testing.process import StoreProcess
 
 pytestmark = pytest.mark.engine
 
 MODEL = os.environ.get("LEARNONCE_TEST_MODEL", str(Path(__file__).parents[2] / ".models" / "SmolLM2-135M-Instruct"))
 BLOCK_TOKENS = 32
 BLOCK_BYTES = BLOCK_TOKENS * 2 * 30 * 3 * 64 * 4
-ANCHOR_TOKENS = 45
-LENGTHS = (50, 37, 64, 41)
-TAIL_TOKENS = 23
-JOINED_TOKENS = sum(LENGTHS)
-ANSWER_TOKENS = 24
 STEP_TOKENS = 16
-PREFIX = "learnonce_kvstore_engine_"
-NOISE = 1e-3
-"""Bound on what the order of sums changes in a float32 log probability."""
-
-
-class Case:
-    """Passages that were learned behind an anchor, and a prompt that has them in another order."""
-
-    def __init__(self, number: int, engine: EngineProcess) -> None:
-        draw = random.Random(number)
-
-        def tokens(count: int) -> list[int]:
-            return [draw.randrange(100, 40000) for _ in range(count)]
-
-        self.anchor, tail = tokens(ANCHOR_TOKENS), tokens(TAIL_TOKENS)
-        passages = [tokens(length) for length in LENGTHS]
-        anchor_key = child_key(root_key(engine.scope, salt=str(number)), self.anchor)
-        self.lead = ChunkSpan(anchor_key, 0, ANCHOR_TOKENS)
-        self.learning = [
-            (
-                [*self.anchor, *passage],
-                ChunkSpan(child_key(anchor_key, passage), ANCHOR_TOKENS, ANCHOR_TOKENS + len(passage)),
-            )
-            for passage in passages
-        ]
-        self.prompt, self.spans = list(self.anchor), [self.lead]
-        for index in (2, 0, 3, 1):
-            start = len(self.prompt)
-            self.prompt += passages[index]
-            self.spans.append(ChunkSpan(self.learning[index][1].key, start, len(self.prompt), ANCHOR_TOKENS))
-        self.tail_start = len(self.prompt)
-        self.prompt += tail
-
-    def load(
-        self,
-        share: float,
-        *,
-        method: JoinMethod = "first_k",
-        without: int | None = None,
-        save: Sequence[ChunkSpan] = (),
-    ) -> dict[str, object]:
-        spans = [span for index, span in enumerate(self.spans) if index != without]
-        join = JoinParams(method=method, share=share, tail_start=self.tail_start)
-        return build_transfer_params(load=spans, save=save, load_deadline_s=5.0, join=join)
-
-
-class World:
-    """One engine and its store."""
-
-    def __init__(self, engine: EngineProcess, store: StoreProcess) -> None:
-        self.engine, self.store = engine, store
-        self.client = NodeStoreClient(store.socket_path, secret=store.secret, client_name="test")
-        self._next = 0
-
-    def learned(self) -> tuple[Case, Answer]:
-        """A case whose chunks are in the store, and what a full prefill of its prompt answers."""
-        self._next += 1
-        case = Case(self._next, self.engine)
-        for index, (prompt, span) in enumerate(case.learning):
-            save = [*([case.lead] if index == 0 else []), span]
-            self.engine.ask(prompt, transfer=build_transfer_params(save=save, load_deadline_s=5.0), max_tokens=1)
-        keys = [case.lead.key, *(span.key for _, span in case.learning)]
-        assert all(self.client.wait(keys, deadline_s=20.0)), "chunks were not saved"
-        return case, self.engine.ask(case.prompt, max_tokens=ANSWER_TOKENS)
-
-    def joined(self, case: Case, transfer: dict[str, object], **options: object) -> Answer:
-        return self.engine.ask(case.prompt, transfer=transfer, max_tokens=ANSWER_TOKENS, **options)
-
-    def grown(self, before: dict[str, float], name: str) -> float:
-        return self.engine.metrics().get(PREFIX + name, 0.0) - before.get(PREFIX + name, 0.0)
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    folder = tmp_path_factory.mktemp("join")
-    secret, path, log = os.urandom(32), str(folder / "store.sock"), folder / "engine.log"
     settings = EngineSettings(
         model=MODEL,
         dtype="float32",
@@ -118,17 +50,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         max_num_batched_tokens=256,
         connector=ConnectorSettings(join_step_tokens=STEP_TOKENS),
     )
-    with (
-        StoreProcess(StoreSettings(host_bytes=1 << 30, nvme=None), secret=secret, socket_path=path) as store,
-        EngineProcess(settings, log=log, store_socket=path, secret=secret) as engine,
-    ):
-        try:
-            assert engine.scope is not None
-            world = World(engine, store)
-            yield world
-            world.client.close()
-        finally:
-            print(f"--- {log.name}\n{log.read_text(errors='replace')[-6000:]}")
+    with run_world(tmp_path_factory.mktemp("join"), settings) as world:
+        yield world
 
 
 @pytest.fixture(autouse=True)
@@ -138,19 +61,9 @@ def nothing_left(world: World) -> Iterator[None]:
     wait_until(lambda: idle(world.engine), what="loads and joins to end", deadline_s=20.0)
 
 
-def idle(engine: EngineProcess) -> bool:
-    state = engine.state()
-    return state["open_loads"] == 0 and state["staged_bytes"] == 0 and state["loading_bytes"] == 0
-
-
-def assert_same(answer: Answer, expected: Answer) -> None:
-    assert answer.tokens == expected.tokens
-    assert answer.logprobs == pytest.approx(expected.logprobs, abs=NOISE)
-
-
 @pytest.mark.parametrize("method", ["first_k", "query_aware", "deviation"])
 def test_everything_recomputed_is_a_full_prefill(world: World, method: JoinMethod) -> None:
-    case, expected = world.learned()
+    case, expected = world.shared()
     before = world.engine.metrics()
     answer = world.joined(case, case.load(1.0, method=method))
     assert_same(answer, expected)
@@ -165,7 +78,7 @@ def test_everything_recomputed_is_a_full_prefill(world: World, method: JoinMetho
 
 def test_nothing_recomputed_is_close_and_not_the_same(world: World) -> None:
     """The control: were the other tests blind, this one would fail."""
-    case, expected = world.learned()
+    case, expected = world.shared()
     answer = world.joined(case, case.load(0.0, method="naive"))
     assert answer.cached_tokens == ANCHOR_TOKENS + JOINED_TOKENS
     assert answer.logprobs != pytest.approx(expected.logprobs, abs=NOISE)
@@ -173,7 +86,7 @@ def test_nothing_recomputed_is_close_and_not_the_same(world: World) -> None:
 
 @pytest.mark.parametrize("method", ["random", "first_k", "deviation", "query_aware"])
 def test_a_share_is_recomputed(world: World, method: JoinMethod) -> None:
-    case, _ = world.learned()
+    case, _ = world.shared()
     before = world.engine.metrics()
     answer = world.joined(case, case.load(0.25, method=method))
     again = world.joined(case, case.load(0.25, method=method))
@@ -186,7 +99,7 @@ def test_a_share_is_recomputed(world: World, method: JoinMethod) -> None:
 @pytest.mark.parametrize("without", [0, 2], ids=["anchor", "passage"])
 @pytest.mark.parametrize("share", [1.0, 0.25])
 def test_a_hole_is_computed_in_place(world: World, without: int, share: float) -> None:
-    case, expected = world.learned()
+    case, expected = world.shared()
     hole = case.spans[without].stop - case.spans[without].start
     before = world.engine.metrics()
     answer = world.joined(case, case.load(share, method="query_aware", without=without))
@@ -234,7 +147,7 @@ def test_passages_where_they_were_learned_are_not_recomputed(world: World) -> No
 
 
 def test_prefix_cache_hit_then_join(world: World) -> None:
-    case, expected = world.learned()
+    case, expected = world.shared()
     local = 3 * BLOCK_TOKENS
     world.engine.ask(case.prompt[: local + 3], salt="partial", max_tokens=1)
     before = world.engine.metrics()
@@ -245,7 +158,7 @@ def test_prefix_cache_hit_then_join(world: World) -> None:
 
 
 def test_a_joined_prompt_in_the_prefix_cache_is_not_joined_again(world: World) -> None:
-    case, _ = world.learned()
+    case, _ = world.shared()
     first = world.joined(case, case.load(0.25), salt="twice")
     before = world.engine.metrics()
     second = world.joined(case, case.load(0.25), salt="twice")
@@ -254,13 +167,13 @@ def test_a_joined_prompt_in_the_prefix_cache_is_not_joined_again(world: World) -
 
 
 def test_exact_requests_after_joined_ones_are_clean(world: World) -> None:
-    case, expected = world.learned()
+    case, expected = world.shared()
     world.joined(case, case.load(0.0, method="naive"), salt="tenant joined naive")
     assert_same(world.joined(case, {}, salt="tenant"), expected)
 
 
 def test_only_what_is_exact_is_saved(world: World) -> None:
-    case, expected = world.learned()
+    case, expected = world.shared()
     key = child_key(case.lead.key, [4, 5, 6])
     wrong = case.load(1.0, save=[case.spans[1]._replace(key=key, base=None)])
     before = world.engine.metrics()
@@ -273,7 +186,7 @@ def test_only_what_is_exact_is_saved(world: World) -> None:
 
 
 def test_decoding_goes_on_during_a_join(world: World) -> None:
-    case, expected = world.learned()
+    case, expected = world.shared()
     talker = [(7 * index) % 5000 + 100 for index in range(40)]
     alone = world.engine.ask(talker, max_tokens=96)
     asks: list[Ask] = [
@@ -289,7 +202,7 @@ def test_decoding_goes_on_during_a_join(world: World) -> None:
 
 
 def test_failure_inside_the_forward_is_a_full_prefill(world: World) -> None:
-    case, expected = world.learned()
+    case, expected = world.shared()
     before = world.engine.metrics()
     world.engine.set_joins("broken")
     answer = world.joined(case, case.load(0.25, method="query_aware"))
@@ -300,7 +213,7 @@ def test_failure_inside_the_forward_is_a_full_prefill(world: World) -> None:
 
 
 def test_abort_during_a_join_leaves_nothing(world: World) -> None:
-    case, expected = world.learned()
+    case, expected = world.shared()
     world.engine.set_joins("held")
     asks: list[Ask] = [{"prompt": case.prompt, "transfer": case.load(0.25), "abort_after_s": 1.0}]
     (aborted,) = world.engine.generate(asks)

@@ -4,7 +4,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pyarrow
@@ -17,6 +17,7 @@ from kvstore.testing.samples import sample_key
 from kvstore.testing.tier import put_record, record_of
 from kvstore.tiers import arrow as arrow_module
 from kvstore.tiers.arrow import ArrowBucket
+from kvstore.tiers.bucket import BucketLateError
 from kvstore.tiers.object import ObjectTier, open_object_tier
 
 DEADLINE_S = 0.5
@@ -122,6 +123,29 @@ def test_mount_that_hangs_holds_a_bounded_number_of_threads(mount: Mount, tier: 
     mount.thaw()
     wait_until(lambda: _bucket(tier)._errands.num_abandoned == 0, what="threads are free again")
     assert tier.get(sample_key(0)) == record
+
+
+def test_deletions_come_to_an_end_though_few_fit_a_deadline(
+    tier: ObjectTier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One after the other takes its time: each try may not begin with those that are gone."""
+    delete = ArrowBucket.delete
+
+    def delete_few(bucket: ArrowBucket, names: Sequence[str], *, stop_s: float) -> None:
+        delete(bucket, names[:10], stop_s=stop_s)
+        if len(names) > 10:
+            raise BucketLateError("no answer in time")
+
+    monkeypatch.setattr(ArrowBucket, "delete", delete_few)
+    for index in range(40):
+        put_record(tier, index, 100)
+    with tier._lock:
+        # All at once, and without a word to the tier's own thread.
+        for key, entry in list(tier._index.books.items()):
+            tier._index.remove(key)
+            tier._index.doom(key, entry)
+    wait_until(tier._delete_doomed, what="the deletions to end")
+    assert not list(tmp_path.rglob("*.rec"))
 
 
 def test_end_while_the_mount_hangs(mount: Mount, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import obstore
 import pytest
@@ -23,10 +24,13 @@ from support.object_nodes import (
 )
 
 from kvstore import metrics
+from kvstore.settings import ObjectSettings
 from kvstore.testing.poll import wait_until
 from kvstore.testing.s3 import Fault, S3Process, unanswered_port, unused_port
 from kvstore.testing.samples import sample_key
 from kvstore.testing.tier import put_record, record_of
+from kvstore.tiers import obs_clients
+from kvstore.tiers.bucket import BucketLateError
 from kvstore.tiers.object_names import object_name
 
 
@@ -296,6 +300,15 @@ def test_write_without_an_answer_ends_and_lets_the_memory_go(server: S3Process, 
     assert tier.stat().chunks == 0
 
 
+def test_listing_without_an_answer_ends_by_the_tiers_deadline(server: S3Process, nodes: Nodes) -> None:
+    """Though one request may take longer."""
+    tier = nodes.ready(**{**QUICK, "timeout_s": 10.0})
+    server.set_fault(Fault(kind="silent", methods=("GET",)))
+    start_s = time.monotonic()
+    assert not tier.refresh()
+    assert time.monotonic() - start_s < longest_s(tier)
+
+
 # Servers that are not there.
 
 
@@ -351,3 +364,15 @@ def test_refused_listing_is_tried_again_by_itself(server: S3Process, nodes: Node
     assert not reader.refresh()
     server.set_fault(None)
     wait_until(lambda: reader.contains(sample_key(0)), what="the bucket was listed")
+
+
+@pytest.mark.parametrize("readings_s", [(2.0,) * 99, (0.0,) + (2.0,) * 99], ids=["before", "while a client is made"])
+def test_no_try_is_made_when_the_deadline_has_passed(
+    monkeypatch: pytest.MonkeyPatch, readings_s: tuple[float, ...]
+) -> None:
+    """And nobody looks at the clock for ever."""
+    clients = obs_clients.Clients(ObjectSettings(url="s3://bucket", options={"region": "here"}))
+    clock = SimpleNamespace(monotonic=iter(readings_s).__next__)
+    monkeypatch.setattr(obs_clients, "time", clock)
+    with pytest.raises(BucketLateError, match="no time is left"):
+        clients.for_one_try(0.5, stop_s=1.0, has_answer_body=True)

@@ -64,14 +64,16 @@ class SplitClient:
     def read(self, keys: Sequence[ChunkKey], *, deadline_s: float) -> list[ReadLease | None]:
         # A reader knows nothing of writes on another node: it has to say that it wants to wait for them.
         stop_s = time.monotonic() + deadline_s
-        self._reads.wait(keys, deadline_s=deadline_s / 2)
+        if self._is_being_written():
+            self._reads.wait(keys, deadline_s=deadline_s / 2)
         return self._reads.read(keys, deadline_s=max(0.0, stop_s - time.monotonic()))
 
     def read_into(self, key: ChunkKey, out: memoryview, *, deadline_s: float) -> ChunkMeta | None:
         return self._reads.read_into(key, out, deadline_s=deadline_s)
 
     def stream(self, key: ChunkKey, *, deadline_s: float) -> StreamLease | None:
-        self._reads.wait([key], deadline_s=min(1.0, deadline_s / 2))
+        if self._is_being_written():
+            self._reads.wait([key], deadline_s=min(1.0, deadline_s / 2))
         return self._reads.stream(key, deadline_s=deadline_s)
 
     def reserve(self, key: ChunkKey, meta: ChunkMeta, num_bytes: int, *, deadline_s: float) -> WriteLease | None:
@@ -87,6 +89,11 @@ class SplitClient:
     def close(self) -> None:
         self._writes.close()
         self._reads.close()
+
+    def _is_being_written(self) -> bool:
+        """Whether a wait can be of use: a commit returns only when the other store has heard of it."""
+        stats = self._writes.stat(deadline_s=SOON_S)
+        return stats is None or stats.reservations > 0
 
 
 class Pair:

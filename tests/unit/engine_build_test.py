@@ -120,8 +120,10 @@ def test_every_tally_name_has_a_metric() -> None:
     counted = {"loaded_tokens", "loaded_bytes", "loads_complete", "loads_dropped", "load_failed_tokens"}
     counted |= {"saved_tokens", "saved_bytes", "saved_kv_bytes", "params_rejected"}
     counted |= {"loaded_encoded_bytes", "damaged_parts", "recompute_chosen", "prefill_tokens"}
+    counted |= {"joined_tokens", "join_recomputed_tokens", "join_computed_tokens"}
     assert set(COUNTERS) == counted
-    assert set(LABELLED) == {"load_failures", "saves", "saved_chunks", "loaded_levels", "hook_errors"}
+    labelled = {"load_failures", "saves", "saved_chunks", "loaded_levels", "hook_errors", "joins", "join_failures"}
+    assert set(LABELLED) == labelled
     assert set(SECONDS) == set(get_args(Series))
     metrics = [*COUNTERS.values(), *LABELLED.values(), *SECONDS.values()]
     assert all(DEFINITIONS[metric.name].when_it_moves for metric in metrics)

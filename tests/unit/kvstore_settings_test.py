@@ -4,15 +4,17 @@ Covers: bounds, contradictions, URLs of buckets, the preflight. Does not cover: 
 (`tests/unit/cluster_settings_test.py`), every mistake in TLS files (`tests/unit/kvstore_tls_test.py`).
 """
 
+import inspect
 from pathlib import Path
 
 import pytest
 
 from cluster.errors import SettingsError
 from cluster.settings_base import load_settings
+from kvstore.events import DirectoryFeed
 from kvstore.object_url import split_object_url
 from kvstore.preflight import check_before_start
-from kvstore.settings import STORE_KEY_VARIABLE, ObjectSettings, StoreSettings, TlsSettings
+from kvstore.settings import MAX_HEARTBEAT_S, STORE_KEY_VARIABLE, ObjectSettings, StoreSettings, TlsSettings
 from kvstore.testing.certificates import SampleAuthority
 
 SECRET = "hush"
@@ -37,10 +39,18 @@ def wrong(values: dict[str, object]) -> str:
         ({"host_bytes": 1000}, "host_bytes: Input should be greater than or equal to 1048576 (given: 1000)"),
         ({"nixl": {"staging_bytes": 1 << 20}}, "nixl.staging_bytes: Input should be greater than or equal to 8388608"),
         ({"file": {"folder": "/a"}}, "file: renamed: use nvme"),
+        ({"heartbeat_s": 3.0}, "heartbeat_s: Input should be less than or equal to 1 (given: 3.0)"),
+        ({"peers": {"lease_s": 9.0}}, "end after lease_s 9: heartbeat_s must be at most half of it, is 5"),
     ],
 )
 def test_settings_that_cannot_work_are_named(values: dict[str, object], message: str) -> None:
     assert message in wrong(values)
+
+
+def test_a_store_that_beats_as_rarely_as_it_may_is_not_taken_for_lost() -> None:
+    """Two heartbeats may be late or lost."""
+    silence_s = inspect.signature(DirectoryFeed).parameters["silence_s"].default
+    assert silence_s >= 3 * MAX_HEARTBEAT_S
 
 
 def test_different_ports_and_folders_are_fine() -> None:

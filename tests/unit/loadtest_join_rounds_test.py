@@ -37,7 +37,7 @@ from loadtest.bench_join import (
 )
 from loadtest.bench_join.contexts import Context
 from loadtest.bench_join.engine import Said
-from loadtest.bench_join.rounds import Rounds
+from loadtest.bench_join.rounds import Rounds, with_wrong_values
 from loadtest.cli import bench
 from router.segments import Prompt, Segment
 
@@ -236,6 +236,20 @@ def test_an_engine_that_does_not_use_the_kv_is_refused(engine: FormulaEngine, ch
     engine.ignores_kv = True
     with pytest.raises(InvariantError, match="wrong KV"):
         rounds_of(engine, chunks).measure(make_context())
+
+
+def test_wrong_kv_is_wrong_for_attention() -> None:
+    draw = torch.Generator().manual_seed(1)
+    kv_L2TNH = torch.randn(1, 2, 40, 1, 8, generator=draw)
+    question_H = torch.randn(8, generator=draw)
+
+    def attend(kv_L2TNH: torch.Tensor) -> torch.Tensor:
+        k_TH, v_TH = kv_L2TNH[0, :, :, 0]
+        return torch.softmax(k_TH @ question_H, dim=0) @ v_TH
+
+    assert not torch.allclose(attend(with_wrong_values(kv_L2TNH)), attend(kv_L2TNH), atol=0.1)
+    # Pairs that only lie elsewhere are the same KV.
+    assert torch.allclose(attend(kv_L2TNH.roll(20, dims=2)), attend(kv_L2TNH), atol=1e-5)
 
 
 def test_a_join_that_was_computed_instead_is_no_perfect_join(engine: FormulaEngine, chunks: MemoryStore) -> None:

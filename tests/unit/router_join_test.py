@@ -5,7 +5,7 @@ Does not cover: the choice itself (`router_reuse_test.py`), what a decode replic
 """
 
 import asyncio
-import itertools
+import random
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +98,9 @@ async def test_missing_passages_are_learned_in_parallel_and_then_joined(tmp_path
 
 async def test_many_requests_for_the_same_new_passages_have_each_learned_once(tmp_path: Path) -> None:
     d0, prefills = replicas()
-    documents = [{"title": f"Page {i}", "text": "the quick brown fox " * (i + 3)} for i in range(4)]
-    orders = list(itertools.islice(itertools.permutations(documents), 16))
+    documents = [{"title": f"Page {i}", "text": "the quick brown fox " * (i + 3)} for i in range(8)]
+    draw = random.Random(0)
+    orders = [draw.sample(documents, len(documents)) for _ in range(32)]
     async with box(tmp_path, [d0, *prefills], settings=settings()) as b:
         await asyncio.gather(*(ask(b, *order) for order in orders))
         keys = learned(prefills)

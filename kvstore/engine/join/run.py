@@ -149,7 +149,8 @@ class Joins:
         work = torch.from_numpy(np.union1d(chosen, missing))
         for piece in self._budget.split(work, depth_ratio=1.0):
             request.compute(piece)
-            yield
+            if piece[-1] < work[-1]:
+                yield
         join.reused = len(positions_of(placed.exact)) + len(joined) - len(chosen)
         self._tally.add(f"joins.{op.join.method}")
         self._tally.add("joined_tokens", len(joined))
