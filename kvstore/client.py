@@ -229,22 +229,17 @@ class NodeStoreClient:
         finally:
             self._catalog_lock.release()
 
-    def verify(self, keys: Sequence[ChunkKey] | None = None, *, deadline_s: float) -> Verified | None:
+    def verify(self, keys: Sequence[ChunkKey], *, deadline_s: float) -> Verified | None:
         """Have records of the tiers below the arena read again, and dropped if they are damaged.
 
         Args:
-            keys: The chunks; None: all of this node.
+            keys: The chunks.
             deadline_s: Seconds for all of them.
 
         Returns:
             Sums over all keys and tiers; None if the store did not answer in time: some may have been read.
         """
         stop_s = time.monotonic() + deadline_s
-        if keys is None:
-            entries = self.catalog(deadline_s=deadline_s)
-            if entries is None:
-                return None
-            keys = [ChunkKey(entry.key) for entry in entries]
         connection = self._connected(stop_s)
         sums = [0, 0, 0]
         for start in range(0, len(keys), _VERIFIED_KEYS):

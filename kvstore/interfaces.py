@@ -258,6 +258,7 @@ class TierEntry(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     stored_bytes: int
     """Room that it takes in this tier."""
     num_tokens: int
+    """At least one."""
     base_position: int
     codec: str
     tenant: str = ""

@@ -14,8 +14,6 @@ from typing import Final
 from cluster.errors import CallerError, InvariantError
 from kvstore import metrics
 from kvstore.assembly import Identity, Parts, available_memory_bytes, open_store
-from kvstore.container import ALIGN
-from kvstore.keys import ChunkKey
 from kvstore.settings import StoreSettings
 from kvstore.wire import StoreEndpoint
 
@@ -123,15 +121,6 @@ class NodeStore:
         """Nodes whose store does not answer this one, by id. Any thread."""
         parts = self._parts
         return parts.peers.unreachable() if parts is not None and parts.peers is not None else set()
-
-    def damage(self, key: ChunkKey, *, at_byte: int = 0) -> bool:
-        """Flip one payload byte of a chunk in the arena: the hook of the fault tests. Whether it was there."""
-        parts = self._parts
-        slot = parts.host.find(key) if parts else None
-        if parts is None or slot is None:
-            return False
-        parts.host.view(slot)[ALIGN + at_byte] ^= 0xFF
-        return True
 
     async def _run(self, on_open: Callable[[StoreEndpoint | BaseException], None]) -> None:
         self._loop = asyncio.get_running_loop()

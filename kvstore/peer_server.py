@@ -6,6 +6,9 @@ Covers: the TCP listener, the mutual proof, loans and their expiry. Does not cov
 Every peer is a session on the desk. A loan is a read lease of that session and an offer of a data path; it ends by the
 peer's release, by the end of its connection, or after `lease_s` of silence. An offer is revoked before its lease ends,
 so no data path reads memory that is no longer pinned. Offers and revocations may take their time: they run on threads.
+
+A connection begins as a *stranger*, from its acceptance to its proof, TLS included. When there are too many connections
+the oldest stranger goes: whoever opens many must open all of them anew within the round trip that a proof takes.
 """
 
 import asyncio
@@ -59,6 +62,7 @@ log = logging.getLogger(__name__)
 _BACKLOG: Final = 64
 _ACCEPT_PAUSE_S: Final = 0.2
 _OFFER_THREADS: Final = 4
+_TOO_MANY: Final = "too many connections (store.max_sessions)"
 _TELL_S: Final = 10.0
 """Between two log lines about strangers."""
 _MAX_UNREAD_BYTES: Final = 1 << 20
@@ -86,6 +90,10 @@ class LendingDesk(Protocol):
 
     def release(self, session: Session, leases: list[int]) -> None:
         """End read leases."""
+        ...
+
+    def keep_pinned(self, session: Session, lease: int) -> None:
+        """End a read lease without its pin."""
         ...
 
     def record(self, session: Session, lease: int) -> memoryview | None:
@@ -145,9 +153,9 @@ class PeerServer:
         self._tls = tls
         self._refusals = 0
         self._told_s = float("-inf")
-        self._connections: set[PeerConnection] = set()
+        self._connections: dict[PeerConnection, None] = {}
+        """In the order in which they were accepted."""
         self._ending: set[asyncio.Task[None]] = set()
-        self._opening: set[asyncio.Task[None]] = set()
         self._accepting = asyncio.get_running_loop().create_task(self._accept())
 
     @property
@@ -157,9 +165,8 @@ class PeerServer:
 
     async def stop(self) -> None:
         """End every session, every offer revoked."""
-        for task in (self._accepting, *self._opening):
-            task.cancel()
-        await asyncio.gather(self._accepting, *self._opening, return_exceptions=True)
+        self._accepting.cancel()
+        await asyncio.gather(self._accepting, return_exceptions=True)
         self._listener.close()
         for connection in list(self._connections):
             connection.close()
@@ -177,10 +184,6 @@ class PeerServer:
             log.warning("peer_refused reason=%s refusals=%d", reason, self._refusals)
             self._told_s, self._refusals = now_s, 0
 
-    def add(self, connection: "PeerConnection") -> None:
-        """A connection begins."""
-        self._connections.add(connection)
-
     def end(self, connection: "PeerConnection") -> None:
         """A connection is closed: wind up what it holds."""
         task = asyncio.get_running_loop().create_task(self._end(connection))
@@ -191,7 +194,7 @@ class PeerServer:
         try:
             await connection.wind_up()
         finally:
-            self._connections.discard(connection)
+            self._connections.pop(connection, None)
 
     async def _accept(self) -> None:
         loop = asyncio.get_running_loop()
@@ -203,24 +206,24 @@ class PeerServer:
                 log.warning("peer_accept_failed error=%s", error)
                 await asyncio.sleep(_ACCEPT_PAUSE_S)
                 continue
-            if len(self._connections) + len(self._opening) >= self.settings.max_sessions:
-                self.note_refusal("too many connections (store.max_sessions)")
+            if self._make_room():
+                connection = PeerConnection(self)
+                self._connections[connection] = None
+                connection.open(sock, tls=self._tls)
+            else:
+                self.note_refusal(_TOO_MANY)
                 sock.close()
-                continue
-            opening = loop.create_task(self._open(sock))
-            self._opening.add(opening)
-            opening.add_done_callback(self._opening.discard)
+            # While others wait in the queue, accepting them takes no turn: without this nobody could prove anything.
+            await asyncio.sleep(0)
 
-    async def _open(self, sock: socket.socket) -> None:
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        limit_s = self.settings.handshake_s if self._tls else None
-        try:
-            await asyncio.get_running_loop().connect_accepted_socket(
-                lambda: PeerConnection(self), sock, ssl=self._tls, ssl_handshake_timeout=limit_s
-            )
-        except OSError as error:
-            self.note_refusal(str(error) or type(error).__name__)
-            sock.close()
+    def _make_room(self) -> bool:
+        """Whether one more connection may come; the oldest stranger makes way for it."""
+        if len(self._connections) < self.settings.max_sessions:
+            return True
+        oldest = next((each for each in self._connections if each.is_stranger), None)
+        if oldest is not None:
+            oldest.abort(_TOO_MANY)
+        return oldest is not None
 
 
 @dataclass(slots=True, eq=False)
@@ -245,12 +248,37 @@ class PeerConnection(asyncio.Protocol):
         self._tasks: set[asyncio.Task[None]] = set()
         self._lost: asyncio.Future[None] = self._loop.create_future()
         self._heard_s = self._loop.time()
+        self._opening: asyncio.Task[None] | None = None
         self._timer = self._loop.call_later(server.settings.handshake_s, self._check_proof)
+
+    @property
+    def is_stranger(self) -> bool:
+        """Whether it has proven nothing and is not being ended."""
+        return self._session is None and not self._lost.done()
+
+    def open(self, sock: socket.socket, *, tls: ssl.SSLContext | None) -> None:
+        """Begin with an accepted socket, which is closed with the connection."""
+
+        def note_end(_: "asyncio.Task[None]") -> None:
+            if self._transport is None:
+                # Nobody else tells of the end of what was never made.
+                self._finish()
+                sock.close()
+                self._server.end(self)
+
+        self._opening = self._loop.create_task(self._open(sock, tls))
+        self._opening.add_done_callback(note_end)
+
+    async def _open(self, sock: socket.socket, tls: ssl.SSLContext | None) -> None:
+        try:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            await self._loop.connect_accepted_socket(lambda: self, sock, ssl=tls)
+        except OSError as error:
+            self.abort(str(error) or type(error).__name__)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """A stranger has come."""
         self._transport = cast("asyncio.Transport", transport)
-        self._server.add(self)
         self._write(encode(Challenge(PROTOCOL_VERSION, self._challenge)))
 
     def data_received(self, data: bytes) -> None:
@@ -286,6 +314,8 @@ class PeerConnection(asyncio.Protocol):
         self._finish()
         if self._transport is not None:
             self._transport.abort()
+        elif self._opening is not None:
+            self._opening.cancel()
 
     async def wind_up(self) -> None:
         """Revoke every offer, then end the session with its pins."""
@@ -401,8 +431,9 @@ class PeerConnection(asyncio.Protocol):
             try:
                 await self._run(_revocation(loan))
             except Exception:
-                # Its memory stays pinned until the session ends: better lost than reused under a reader.
+                # Its memory is pinned for the rest of our life: better lost than reused under a reader.
                 log.exception("revoke_failed peer=%s path=%s", session.client_name, loan.path.name)
+                self._server.desk.keep_pinned(session, lease)
                 continue
             self._server.desk.release(session, [lease])
 

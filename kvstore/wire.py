@@ -243,6 +243,10 @@ def _check_join(plan: Plan) -> None:
         if moved:
             raise PlanRejectedError("plan moves chunks without a join")
         return
+    if not moved:
+        raise PlanRejectedError("plan joins and moves no chunk")
+    if any(span.base is not None and span.kind is not SpanKind.PASSAGE for span in plan.spans):
+        raise PlanRejectedError("plan moves a chunk that is no passage")
     if plan.mode is not Mode.LOCAL:
         raise PlanRejectedError(f"plan joins in mode {plan.mode}, only the decode replica itself can join")
     if not 0.0 <= plan.join.share <= 1.0:  # NaN is refused as well

@@ -179,7 +179,7 @@ class ChunkReading:
         client = self._reader.store()
         while len(self._ahead) <= AHEAD and self._next + len(self._ahead) < len(self._spans):
             if self._ahead and self._ahead[-1] is None:
-                # What follows a gap is of no use; whether this is one, shows when it is due.
+                # Whether this is a gap, behind which only a join has use for more, shows when it is due.
                 break
             span, left_s = self._spans[self._next + len(self._ahead)], self._left_s()
             stream = client.stream(span.key, deadline_s=min(_AHEAD_S, left_s) if self._ahead else left_s)

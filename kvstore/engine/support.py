@@ -1,6 +1,7 @@
 """Which models' KV can be stored and reused, and the reason for each refusal.
 
-Covers: one check over vLLM's configuration, for the connector's two halves and for `kvstore.engine.scope`.
+Covers: one check over vLLM's configuration, for the connector's two halves and for `kvstore.engine.scope`; another one
+for joins.
 Does not cover: the order inside pages, which is proved at registration (`kvstore.engine.paging`).
 
 A refusal is not a failure: the connector then loads and saves nothing, says so once, and the engine serves.
@@ -43,6 +44,20 @@ def refusal_of_layout(vllm_config: Any, kv_cache_config: Any) -> str | None:
     if len(groups[0].layer_names) != num_layers:
         return f"{len(groups[0].layer_names)} layers hold KV, the model has {num_layers}: shared KV, or a draft model"
     return None
+
+
+def refusal_of_joins(vllm_config: Any) -> str | None:
+    """Why requests to this engine are not joined although its KV is reused; None if they may be."""
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    checks = (
+        (model.uses_mrope, "positions of the model have several dimensions"),
+        (parallel.data_parallel_size > 1, "replicas of a data-parallel group compute in step"),
+        (parallel.pipeline_parallel_size > 1, "the model is split over several stages"),
+        (vllm_config.speculative_config is not None, "a draft model would keep KV of its own"),
+        # Their layers add the adapters of the step's own requests, token by token, to whatever the model is run for.
+        (vllm_config.lora_config is not None, "layers with LoRA adapters compute for the engine's own batch only"),
+    )
+    return next((reason for refused, reason in checks if refused), None)
 
 
 def kv_dtype_name(vllm_config: Any) -> str:

@@ -36,8 +36,6 @@ _MAX_SAMPLE: Final = 2048
 """Waits that go on that one fit looks at, of records and of ghosts."""
 _DEPTH_WEIGHT: Final = 1.01
 """A little over one: deeper records of one request come out a little older."""
-_USUAL_BYTES_PER_TOKEN: Final = 131_072.0
-"""For records that do not say how many tokens they are, before any did: an 8B model in bfloat16."""
 
 _Line = tuple[int, int]
 """History, and size per token in octaves."""
@@ -49,7 +47,7 @@ class _Held:
     since_tokens: float
     """When it was last used, on the clock of tokens."""
     line: _Line
-    num_tokens: float
+    num_tokens: int
     base_position: int
     seconds_per_byte: float
 
@@ -71,22 +69,19 @@ class CostPolicy:
         self._estimate = ReuseEstimate()
         self._clock_tokens = 0.0
         self._uses_since_fit = 0
-        self._known_tokens = 0.0
-        self._known_bytes = 0.0
 
     def admit(self, key: ChunkKey, entry: TierEntry) -> None:
         """A record came in; if it was here before, that is a use of what is remembered of it."""
         before = self._held.get(key)
-        num_tokens = self._num_tokens(entry)
         stored_bytes = max(1, entry.stored_bytes)
-        seconds_per_byte = recompute_s(num_tokens, base_position=entry.base_position) / stored_bytes
+        seconds_per_byte = recompute_s(entry.num_tokens, base_position=entry.base_position) / stored_bytes
         if before is None:
             uses, since_tokens = self._ghosts.pop(key, (0, 0.0))
         else:
             uses, since_tokens = before.uses, before.since_tokens
             self._leave_line(key, before)
-        line = (history_of(max(1, uses)), round(math.log2(stored_bytes / num_tokens)))
-        held = _Held(uses, since_tokens, line, num_tokens, entry.base_position, seconds_per_byte)
+        line = (history_of(max(1, uses)), round(math.log2(stored_bytes / entry.num_tokens)))
+        held = _Held(uses, since_tokens, line, entry.num_tokens, entry.base_position, seconds_per_byte)
         if before is None:
             self._use(key, held)
         else:
@@ -170,12 +165,3 @@ class CostPolicy:
         ranking.discard(key)
         if not ranking:
             del self._lines[held.line]
-
-    def _num_tokens(self, entry: TierEntry) -> float:
-        """Tokens of a record; where it does not say (sealed ones), what others of its size have."""
-        if entry.num_tokens > 0:
-            self._known_tokens += entry.num_tokens
-            self._known_bytes += entry.stored_bytes
-            return float(entry.num_tokens)
-        bytes_per_token = self._known_bytes / self._known_tokens if self._known_tokens else _USUAL_BYTES_PER_TOKEN
-        return max(1.0, entry.stored_bytes / max(1.0, bytes_per_token))

@@ -17,6 +17,7 @@ from typing import Any, Final, Self
 import msgspec
 
 from kvstore import crash
+from kvstore.container import ALIGN
 from kvstore.keys import ChunkKey, parse_key
 from kvstore.node import NodeStore
 from kvstore.settings import StoreSettings
@@ -106,7 +107,7 @@ class StoreProcess:
         os.kill(self.pid, signal.SIGCONT)
 
     def damage(self, key: ChunkKey, *, at_byte: int = 0) -> bool:
-        """Flip one byte of a chunk in the arena; whether it was there."""
+        """Flip one payload byte of a chunk in the arena; whether it was there."""
         return bool(self._ask({"do": "damage", "key": key.hex(), "at_byte": at_byte}))
 
     def num_open_descriptors(self) -> int:
@@ -185,7 +186,7 @@ def main() -> None:
     for line in sys.stdin:
         command = json.loads(line)
         if command["do"] == "damage":
-            _say(store.damage(parse_key(command["key"]), at_byte=command["at_byte"]))
+            _say(_damage(store, parse_key(command["key"]), at_byte=command["at_byte"]))
         elif command["do"] == "set_peers":
             store.set_peers(msgspec.convert(command["endpoints"], list[StoreEndpoint]))
             _say(True)
@@ -197,6 +198,16 @@ def main() -> None:
             _say(True)
             return
     store.stop()
+
+
+def _damage(store: NodeStore, key: ChunkKey, *, at_byte: int) -> bool:
+    """Beside the store, as broken memory would."""
+    parts = store._parts
+    slot = parts.host.find(key) if parts else None
+    if parts is None or slot is None:
+        return False
+    parts.host.view(slot)[ALIGN + at_byte] ^= 0xFF
+    return True
 
 
 def _say(value: Any) -> None:

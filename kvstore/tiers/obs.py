@@ -127,9 +127,8 @@ class ObstoreBucket:
                 self._call(lambda name=name: self._delete(name), stop_s=stop_s)  # type: ignore[misc]
             return
         for start in range(0, len(names), _DELETIONS):
-            with our_errors(self.address):
-                # One request for all, which does not complain of missing ones.
-                obstore.delete(self._clients.patient(), list(names[start : start + _DELETIONS]))
+            batch = list(names[start : start + _DELETIONS])
+            self._call(lambda batch=batch: self._delete_all(batch), stop_s=stop_s)  # type: ignore[misc]
 
     def delete_version(self, name: str, *, version: str | None, stop_s: float) -> None:
         """Delete one object unless it was replaced since it was read."""
@@ -168,8 +167,16 @@ class ObstoreBucket:
             self._direct.close()
 
     def _call(self, work: Callable[[], T], *, stop_s: float) -> T:
-        """Something short: a client bounds it, and for folders a thread that may be left behind."""
-        return self._errands.call(work, stop_s=stop_s) if self._clients.is_local else work()
+        """Something short: a client bounds it, and for folders a thread that may be left behind.
+
+        Raises:
+            BucketLateError: It is too late to begin, or a folder did not answer in time.
+        """
+        if self._clients.is_local:
+            return self._errands.call(work, stop_s=stop_s)
+        if time.monotonic() >= stop_s:
+            raise BucketLateError(f"no time is left to ask {self.address}")
+        return work()
 
     def _tries(self, once: Callable[[], T], *, stop_s: float) -> T:
         """Try, and try again after failures that may pass, within the deadline."""
@@ -283,6 +290,11 @@ class ObstoreBucket:
         with suppress(FileNotFoundError), our_errors(self.address):
             if version is None or obstore.head(client, name)["e_tag"] == version:
                 obstore.delete(client, name)
+
+    def _delete_all(self, names: list[str]) -> None:
+        """In one request, which does not complain of missing ones."""
+        with our_errors(self.address):
+            obstore.delete(self._clients.patient(), names)
 
     def _try_s(self, num_bytes: int) -> float:
         """How long one try with so many bytes may take."""

@@ -18,6 +18,7 @@ from kvstore.testing.store_client import SOON_S, read_bytes, write_chunk
 SECRET = b"a secret of a test cluster"
 SIZE = 300_000
 NUM_CHUNKS = 5
+KEYS = [sample_key(index) for index in range(NUM_CHUNKS)]
 
 
 def settings(folder: Path, *, encrypt: bool = False) -> StoreSettings:
@@ -79,7 +80,7 @@ def test_verify_removes_what_another_kind_of_store_left_in_the_bucket(tmp_path: 
     with serve(encrypt_then):
         client = NodeStoreClient(socket_path, secret=SECRET, client_name="test")
         wait_until(lambda: stats_of(client).tiers["object"].chunks == NUM_CHUNKS, what="the listing")
-        done = client.verify(deadline_s=SOON_S)
+        done = client.verify(KEYS, deadline_s=SOON_S)
         assert done is not None
         assert (done.good, done.bad, done.unread) == (0, NUM_CHUNKS, 0)
         wait_until(lambda: not objects(), what="the objects to be deleted")
@@ -99,7 +100,7 @@ def test_verify_leaves_what_another_store_key_sealed(tmp_path: Path) -> None:
             if not number:
                 fill(client)
             wait_held(client)
-            done = client.verify(deadline_s=SOON_S)
+            done = client.verify(KEYS, deadline_s=SOON_S)
             assert done is not None
             sound, unread = (0, 2 * NUM_CHUNKS) if number else (2 * NUM_CHUNKS, 0)
             assert (done.good, done.bad, done.unread) == (sound, 0, unread)
@@ -190,10 +191,10 @@ def test_verify_reads_every_tier(store: StoreProcess, client: NodeStoreClient, t
     damaged = bytearray(victim.read_bytes())
     damaged[10_000] ^= 4
     victim.write_bytes(damaged)
-    verified = client.verify(deadline_s=60.0)
+    verified = client.verify(KEYS, deadline_s=60.0)
     assert verified is not None
     assert (verified.good, verified.bad, verified.unread) == (2 * NUM_CHUNKS - 1, 1, 0)
-    again = client.verify(deadline_s=60.0)
+    again = client.verify(KEYS, deadline_s=60.0)
     assert again is not None
     assert (again.good, again.bad) == (2 * NUM_CHUNKS - 1, 0)
 

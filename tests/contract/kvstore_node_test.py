@@ -369,7 +369,7 @@ def test_verify_drops_damaged_records(store: GatedStore, client: NodeStoreClient
     damaged = bytearray(store.nvme.records[KEY])
     damaged[5000] ^= 1
     store.nvme.records[KEY] = bytes(damaged)
-    verified = client.verify(deadline_s=SOON_S)
+    verified = client.verify([sample_key(1), sample_key(2)], deadline_s=SOON_S)
     assert verified is not None
     assert (verified.good, verified.bad, verified.unread) == (3, 1, 0)
     assert set(store.nvme.records) == {sample_key(2)}

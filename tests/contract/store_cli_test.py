@@ -96,7 +96,7 @@ def test_verify_reads_part_by_part_each_with_its_own_time(running, monkeypatch):
     parts = []
     verify_part = NodeStoreClient.verify
 
-    def verify(client, keys=None, *, deadline_s):
+    def verify(client, keys, *, deadline_s):
         parts.append((len(keys), deadline_s))
         return verify_part(client, keys, deadline_s=deadline_s)
 

@@ -29,9 +29,10 @@ from kvstore.testing.poll import wait_until
 from kvstore.testing.s3 import Fault, S3Process, unanswered_port, unused_port
 from kvstore.testing.samples import sample_key
 from kvstore.testing.tier import put_record, record_of
-from kvstore.tiers import obs_clients
+from kvstore.tiers import obs, obs_clients
 from kvstore.tiers.bucket import BucketLateError
 from kvstore.tiers.object_names import object_name
+from kvstore.tiers.obs import ObstoreBucket
 
 
 @pytest.fixture
@@ -364,6 +365,26 @@ def test_refused_listing_is_tried_again_by_itself(server: S3Process, nodes: Node
     assert not reader.refresh()
     server.set_fault(None)
     wait_until(lambda: reader.contains(sample_key(0)), what="the bucket was listed")
+
+
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_no_deletion_begins_after_the_deadline(nodes: Nodes, monkeypatch: pytest.MonkeyPatch, one_by_one: bool) -> None:
+    """Each takes its time, whatever the client does in one request."""
+    for index in range(5):
+        obstore.put(nodes.bare(), f"{index}.rec", b"record")
+    bucket = ObstoreBucket(ObjectSettings(url=nodes.url, options=nodes.options))
+    if one_by_one:
+        monkeypatch.setattr(bucket._clients, "scheme", "gs")
+    monkeypatch.setattr(obs, "_DELETIONS", 1)
+    monkeypatch.setattr(obs, "time", SimpleNamespace(monotonic=iter(range(100)).__next__))
+    names = list_names(nodes)
+    with pytest.raises(BucketLateError, match="no time is left"):
+        bucket.delete(names, stop_s=3.0)
+    assert list_names(nodes) == names[3:]
+    with pytest.raises(BucketLateError, match="no time is left"):
+        bucket.delete_version(names[4], version=None, stop_s=3.0)
+    assert list_names(nodes) == names[3:]
+    bucket.close()
 
 
 @pytest.mark.parametrize("readings_s", [(2.0,) * 99, (0.0,) + (2.0,) * 99], ids=["before", "while a client is made"])

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from support.two_stores import SECRET, Pair, is_up, peers_of
 
+from cluster.errors import InvariantError
 from kvstore.client import NodeStoreClient
 from kvstore.node import NodeStore
 from kvstore.peer_link import split_address
@@ -25,6 +26,7 @@ from kvstore.protocol import (
     Drop,
     Lookup,
     Proof,
+    Release,
     Stat,
     Welcome,
     client_mac,
@@ -37,6 +39,7 @@ from kvstore.testing.poll import wait_until
 from kvstore.testing.process import StoreProcess
 from kvstore.testing.samples import sample_key, sample_payload
 from kvstore.testing.store_client import LATE_S, SOON_S, read_bytes, write_chunk
+from kvstore.transport.tcp_server import TcpServer
 
 TRANSFER_S = 1.0
 LEASE_S = 1.5
@@ -388,6 +391,30 @@ def test_silent_peer_loses_its_loan_and_a_talking_one_keeps_it(node: NodeStore, 
     wait_until(beat, what="more than a lease's time to pass with signs of life")
     assert visitor.is_thrown_out()
     wait_until(lambda: client.stat(deadline_s=SOON_S).read_leases == 0, what="the loan to end")
+    client.close()
+
+
+def test_memory_of_an_offer_that_cannot_be_revoked_is_never_reused(
+    node: NodeStore, visitor: Visitor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody knows whether the peer still reads it: not its release ends the pin, nor the end of its session."""
+
+    def fail(server: TcpServer, handle: bytes) -> None:
+        raise InvariantError("the send goes on")
+
+    revoke = TcpServer.revoke
+    monkeypatch.setattr(TcpServer, "revoke", fail)
+    visitor.prove_well()
+    visitor.sock.sendall(encode(Lend(1, sample_key(1), "tcp", 1.0)))
+    lent = decode_peer_reply(visitor.frame() or b"")
+    assert isinstance(lent, Lent)
+    visitor.sock.sendall(encode(Release([lent.lease])))
+    client = NodeStoreClient(node._parts.endpoint.socket_path, secret=SECRET, client_name="test")
+    wait_until(lambda: client.stat(deadline_s=SOON_S).read_leases == 0, what="the lease to end")
+    monkeypatch.setattr(TcpServer, "revoke", revoke)
+    visitor.sock.close()
+    wait_until(lambda: client.stat(deadline_s=SOON_S).sessions == 2, what="the visitor's session to end")
+    assert node._parts.host.find(sample_key(1)).pins == 1
     client.close()
 
 

@@ -4,9 +4,11 @@ import errno
 import os
 import secrets
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from kvstore.client import NodeStoreClient
 from kvstore.connection import StoreConnection
 from kvstore.handshake import StoreRefusedError, StoreUnreachableError
 from kvstore.node import NodeStore
-from kvstore.peer_protocol import Lend, holder_mac, puller_mac
+from kvstore.peer_protocol import Alive, Heartbeat, Lend, decode_peer_reply, holder_mac, puller_mac
 from kvstore.protocol import (
     LENGTH_BYTES,
     MAX_HANDSHAKE_BYTES,
@@ -35,9 +37,11 @@ from kvstore.protocol import (
     store_mac,
 )
 from kvstore.settings import StoreSettings
+from kvstore.testing.certificates import SampleAuthority
 from kvstore.testing.poll import wait_until
 from kvstore.testing.samples import sample_key
 from kvstore.testing.store_client import SOON_S, read_bytes, write_chunk
+from kvstore.tls import client_context
 from kvstore.transport.tcp_wire import parse_address
 
 SECRET = b"a secret of a test cluster"
@@ -98,12 +102,14 @@ def peer_proof(secret: bytes, *, challenge: bytes, nonce: bytes, name: str) -> b
 class Stranger:
     """A raw socket, and the handshake step by step."""
 
-    def __init__(self, door: Door) -> None:
+    def __init__(self, door: Door, *, tls: ssl.SSLContext | None = None) -> None:
         self.door = door
         self.sock = socket.socket(door.family, socket.SOCK_STREAM)
         self.sock.settimeout(SOON_S)
         try:
             self.sock.connect(door.address)
+            if tls is not None:
+                self.sock = tls.wrap_socket(self.sock)
             hello = decode_hello(self.receive())
         except (OSError, ProtocolError):
             self.sock.close()
@@ -143,6 +149,11 @@ class Stranger:
     def proof(self, *, nonce: bytes | None = None, secret: bytes = SECRET, name: str = NAME) -> Proof:
         nonce = nonce or secrets.token_bytes(NONCE_BYTES)
         return Proof(name, nonce, self.door.proof_of(secret, challenge=self.challenge, nonce=nonce, name=name))
+
+    def assert_welcome(self) -> None:
+        """It proves itself, and is let in."""
+        self.send(encode(self.proof()))
+        assert isinstance(decode_hello(self.receive()), Welcome)
 
     def assert_refused(self) -> None:
         """The connection ends without another word, descriptor or delay beyond the handshake's time."""
@@ -299,13 +310,19 @@ def test_proof_byte_by_byte_must_be_over_in_time(door: Door) -> None:
         stranger.assert_refused()
 
 
-def test_flood_of_strangers_leaves_room_for_clients_again(door: Door) -> None:
-    """More connections than the store takes: those above are refused at once, the silent ones after a while."""
-    sockets = [socket.socket(door.family, socket.SOCK_STREAM) for _ in range(StoreSettings().max_sessions + 20)]
+def flood(door: Door, count: int) -> list[socket.socket]:
+    """Connections that say nothing."""
+    sockets = [socket.socket(door.family, socket.SOCK_STREAM) for _ in range(count)]
     for sock in sockets:
         sock.setblocking(False)
         # The queue of the listener may be full for a moment.
         wait_until(lambda sock=sock: sock.connect_ex(door.address) in (0, errno.EISCONN), what="the store to accept")
+    return sockets
+
+
+def test_flood_of_strangers_leaves_room_for_clients_again(door: Door) -> None:
+    """More connections than the store takes: the silent ones are gone after a while, at the latest."""
+    sockets = flood(door, StoreSettings().max_sessions + 20)
 
     def is_welcome() -> bool:
         try:
@@ -318,6 +335,53 @@ def test_flood_of_strangers_leaves_room_for_clients_again(door: Door) -> None:
     wait_until(is_welcome, what="room for a client", deadline_s=3 * HANDSHAKE_S)
     for sock in sockets:
         sock.close()
+
+
+@pytest.mark.parametrize("door", ["peers"], indirect=True)
+def test_oldest_stranger_makes_way_and_who_has_proven_itself_stays(door: Door) -> None:
+    """Hosts of the network may open as many connections as they like: peers come in at their first try."""
+    with Stranger(door) as peer:
+        peer.assert_welcome()
+        sockets = flood(door, StoreSettings().max_sessions + 20)
+        with Stranger(door) as newcomer:
+            newcomer.assert_welcome()
+        peer.send(encode(Heartbeat(7)))
+        assert decode_peer_reply(peer.receive()) == Alive(7)
+        for sock in sockets:
+            sock.close()
+
+
+def test_store_full_of_peers_takes_no_more(tmp_path: Path) -> None:
+    with small_store(tmp_path) as door, Stranger(door) as one, Stranger(door) as two:
+        one.assert_welcome()
+        two.assert_welcome()
+        with pytest.raises(ProtocolError):
+            Stranger(door)
+        two.send(encode(Heartbeat(7)))
+        assert decode_peer_reply(two.receive()) == Alive(7)
+
+
+def test_who_does_not_begin_tls_makes_way(tmp_path: Path) -> None:
+    """Openings of TLS count as strangers too, in the order in which they came."""
+    tls = SampleAuthority("cluster").issue(tmp_path, "a")
+    with small_store(tmp_path, tls=tls) as door:
+        sockets = flood(door, 20)
+        with Stranger(door, tls=client_context(tls)) as newcomer:
+            newcomer.assert_welcome()
+        for sock in sockets:
+            sock.close()
+
+
+@contextmanager
+def small_store(folder: Path, **changes: Any) -> Iterator[Door]:
+    """The peers' door of a store that takes two connections."""
+    settings = StoreSettings(host_bytes=1 << 20, nvme=None, handshake_s=HANDSHAKE_S, max_sessions=2, **changes)
+    store = NodeStore(settings, secret=SECRET, node_id="n", socket_path=str(folder / "s"), bind_host="127.0.0.1")
+    address = parse_address(store.start().peer_address.encode())
+    before = len(os.listdir("/proc/self/fd"))
+    yield Door(socket.AF_INET, address, peer_proof, holder_mac, encode(Lend(1, sample_key(1), "tcp", 1.0)))
+    wait_until(lambda: len(os.listdir("/proc/self/fd")) <= before, what="strangers' descriptors to be closed")
+    store.stop()
 
 
 # The other side: a client must not be fooled by whoever sits on the socket's path.

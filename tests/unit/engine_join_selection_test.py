@@ -1,6 +1,6 @@
 """Which tokens a join recomputes: exactly as many as asked for, and the right ones.
 
-Covers: every method, shares at both ends, groups, gaps, and how attention becomes scores.
+Covers: every method, shares at both ends, and how attention becomes scores.
 Does not cover: what recomputing them does (`tests/engine/engine_join_test.py`).
 """
 
@@ -63,20 +63,6 @@ def test_scores_that_are_missing_or_too_few() -> None:
     for wrong in (None, scores()[:-1]):
         with pytest.raises(ValueError, match="one score for each of 47"):
             select("deviation", spans=SPANS, share=0.1, seed=0, scores=wrong)
-
-
-def test_groups_are_chosen_whole_and_do_not_cross_spans() -> None:
-    given_scores = np.zeros(TOKENS, dtype=np.float32)
-    given_scores[[4, 41]] = 9, 8  # positions 14 and 61
-    found = select("deviation", spans=SPANS, share=8 / TOKENS, seed=0, scores=given_scores, group_tokens=4)
-    assert found.tolist() == [14, 15, 16, 17, 60, 61, 62, 63]
-
-
-def test_small_gaps_are_filled_within_a_span() -> None:
-    given_scores = np.zeros(TOKENS, dtype=np.float32)
-    given_scores[[9, 10, 13, 20]] = 1  # positions 19, 20, 23, 30
-    found = select("deviation", spans=SPANS, share=4 / TOKENS, seed=0, scores=given_scores, max_gap=2)
-    assert found.tolist() == [19, 20, 21, 22, 23, 30]
 
 
 def test_attention_mass_is_causal_softmax_over_all_heads() -> None:

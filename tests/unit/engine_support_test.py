@@ -5,7 +5,13 @@ from typing import Any
 
 import pytest
 
-from kvstore.engine.support import kv_dtype_name, refusal_of_layout, refusal_of_model, refusal_of_request
+from kvstore.engine.support import (
+    kv_dtype_name,
+    refusal_of_joins,
+    refusal_of_layout,
+    refusal_of_model,
+    refusal_of_request,
+)
 
 LAYERS = 4
 FullAttentionSpec = type("FullAttentionSpec", (), {})
@@ -104,3 +110,29 @@ def test_dtype_of_kv(cache_dtype: str, expected: str) -> None:
 def test_requests_that_depend_on_more_than_tokens(change: dict[str, Any], reason: str | None) -> None:
     plain: dict[str, Any] = {"lora_request": None, "prompt_embeds": None, "mm_features": []}
     assert refusal_of_request(SimpleNamespace(**(plain | change))) == reason
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"model_config": SimpleNamespace(uses_mrope=True)}, "several dimensions"),
+        (
+            {"parallel_config": SimpleNamespace(data_parallel_size=2, pipeline_parallel_size=1)},
+            "data-parallel",
+        ),
+        ({"parallel_config": SimpleNamespace(data_parallel_size=1, pipeline_parallel_size=2)}, "stages"),
+        ({"speculative_config": object()}, "draft model"),
+        ({"lora_config": object()}, "LoRA"),
+    ],
+)
+def test_engines_that_do_not_join(change: dict[str, Any], reason: str) -> None:
+    plain = {
+        "model_config": SimpleNamespace(uses_mrope=False),
+        "parallel_config": SimpleNamespace(data_parallel_size=1, pipeline_parallel_size=1),
+        "speculative_config": None,
+        "lora_config": None,
+    }
+    assert refusal_of_joins(SimpleNamespace(**plain)) is None
+    said = refusal_of_joins(SimpleNamespace(**(plain | change)))
+    assert said is not None
+    assert reason in said

@@ -239,14 +239,6 @@ class TestCost:
             policy.remove(key(f"one-off {number}"), evicted=True)
         assert len(policy._ghosts) <= 64
 
-    def test_a_record_that_does_not_say_its_tokens_is_as_good_as_others(self) -> None:
-        policy = CostPolicy()
-        policy.admit(key("says"), entry(1000, num_tokens=100))
-        policy.admit(key("sealed"), entry(1000, num_tokens=0))
-        policy.admit(key("dear"), entry(4000, num_tokens=100))
-        policy.admit(key("later"), entry(1, num_tokens=10_000))
-        assert list(policy.victims()) == [b"dear", b"says", b"sealed", b"later"]
-
 
 class TestReuseEstimate:
     def test_index_falls_with_age_and_rises_with_uses_before_anything_is_learned(self) -> None:

@@ -48,6 +48,8 @@ REJECTED: list[tuple[dict[str, object], str]] = [
     ({"join": JoinPlan("random", float("nan"))}, "share"),
     ({"join": JoinPlan("clever", 0.1)}, "damaged"),  # type: ignore[arg-type]
     ({"spans": _with(2, save=True)}, "saves"),
+    ({"spans": _with(1, base=None)}, "moves no chunk"),
+    ({"spans": _with(1, kind=SpanKind.TAIL)}, "no passage"),
     ({"spans": _with(1, base=-1)}, "before"),
 ]
 

@@ -1,8 +1,9 @@
 """Fresh KV for chosen tokens of one request, through the engine's own model and attention backend.
 
-Covers: virtual sequences, stopping in the middle of the model, what the model must be, and a proof at start-up that its
-keys move as its rotary modules say.
-Does not cover: which tokens (`kvstore.engine.join.run`), scores (`kvstore.engine.join.probe`).
+Covers: virtual sequences, stopping in the middle of the model, and a proof at start-up that its keys move as its rotary
+modules say.
+Does not cover: which tokens (`kvstore.engine.join.run`), scores (`kvstore.engine.join.probe`), which engines do not
+join (`kvstore.engine.support`).
 
 Every run of consecutive tokens is a sequence of its own to the backend: its query is the run, its context everything
 before it in the request's blocks, and all have the same row of the block table. A layer writes all fresh K and V before
@@ -26,6 +27,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from kvstore.engine.join.probe import Observer
 from kvstore.engine.join.rotation import RotaryModule, Rotation
 from kvstore.engine.paging import PagedKv, UnsupportedLayoutError
+from kvstore.engine.support import refusal_of_joins
 
 _PROOF_TOKENS: Final = 16
 _PROOF_SHIFT: Final = 37
@@ -55,7 +57,7 @@ class ModelForward:
 
     def __init__(self, runner: Any, *, layers: Sequence[str], blocks: PagedKv) -> None:
         self._config = runner.vllm_config
-        if reason := _refusal(self._config):
+        if reason := refusal_of_joins(self._config):
             raise UnsupportedLayoutError(reason)
         self._blocks = blocks
         self._device = torch.device(runner.device)
@@ -172,17 +174,6 @@ class ModelForward:
             raise UnsupportedLayoutError(
                 f"moved keys of layer {worst} differ from computed ones by {float(error[worst]):.2g} of their norm"
             )
-
-
-def _refusal(config: Any) -> str | None:
-    model, parallel = config.model_config, config.parallel_config
-    checks = (
-        (model.uses_mrope, "positions of the model have several dimensions"),
-        (parallel.data_parallel_size > 1, "replicas of a data-parallel group compute in step"),
-        (parallel.pipeline_parallel_size > 1, "the model is split over several stages"),
-        (config.speculative_config is not None, "a draft model would keep KV of its own"),
-    )
-    return next((reason for refused, reason in checks if refused), None)
 
 
 def _builders(runner: Any, *, page_tokens: int) -> list[tuple[tuple[str, ...], Any]]:
