@@ -167,7 +167,8 @@ def test_prefill_speed_is_learned_from_whole_steps(world: World) -> None:
     world.saver.ask(case.prompt, max_tokens=1)
     elapsed_s = time.monotonic() - began_s
     assert grown(world.saver, before, "prefill_tokens_total") == 256  # the second step has too few to count
-    assert 0.3 * elapsed_s < grown(world.saver, before, "prefill_seconds_sum") <= elapsed_s
+    # Without the forward it is a ten-thousandth; the rest of an answer takes long where others use the cores.
+    assert 0.02 * elapsed_s < grown(world.saver, before, "prefill_seconds_sum") <= elapsed_s
 
 
 def test_loaded_by_another_process_is_computed_token_for_token(world: World) -> None:
